@@ -1,0 +1,452 @@
+"""ChatGLM-6B, the whole model, top to bottom.
+
+What is odd about it, beside a usual decoder:
+  - a prefix language model: the context sees itself in both directions (see positions.py)
+  - 2-D rotary positions: half a head turns by text position, half by block position (rotary.py)
+  - the residual branches off AFTER the layer norm, scaled by alpha = sqrt(2 * layers)
+  - query, key and value stand side by side per head in one projection
+  - scores overflow fp16 in deep layers: the released code divides q by the layer number and
+    multiplies the scores back in fp32; scaled_dot_product_attention keeps them in fp32 throughout
+
+Shapes: B batch, T query tokens, S key tokens, H heads, D head width, C hidden, V vocabulary,
+P virtual tokens of a prefix. Tensor names of the state dict are the released ones.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from .cache import KVCache
+from .chat import ChatMixin
+from .configuration import ChatGLMConfig
+from .errors import ToolkitError
+from .loss import next_token_loss
+from .positions import (
+    allowed_keys,
+    find_context,
+    mask_from_released,
+    position_rows,
+    token_index,
+)
+from .prefix import PrefixEncoder
+from .quantization.linear import QuantizedEmbedding, QuantizedLinear
+from .rotary import apply_rotary, rotary_for_positions
+
+logger = logging.getLogger("chatglm")
+
+
+def build_linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:
+    """A linear of a block: plain, or over the released packed weights."""
+    if config.quantization_bit:
+        return QuantizedLinear(in_features, out_features, config.quantization_bit)
+    return nn.Linear(in_features, out_features)
+
+
+class SelfAttention(nn.Module):
+    """Attention over the cache, with rotary positions applied to q and k."""
+
+    def __init__(self, config: ChatGLMConfig, layer_index: int):
+        super().__init__()
+        self.num_heads, self.layer_index = config.num_attention_heads, layer_index
+        self.query_key_value = build_linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.dense = build_linear(config, config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        prefix: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """hidden (B, T, C) to (B, T, C); mask (B, 1, T, S), True where a key may be seen."""
+        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1))
+        q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)  # each (B, H, T, D)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if prefix is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(prefix, (k, v), strict=True))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_index)  # (B, H, S, D)
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.dense(context.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linears around the tanh GELU, no gate."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = build_linear(config, config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = build_linear(config, config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden), approximate="tanh"))
+
+
+class ChatGLMBlock(GradientCheckpointingLayer):
+    """One layer; both residuals leave after their layer norm, times alpha."""
+
+    def __init__(self, config: ChatGLMConfig, layer_index: int):
+        super().__init__()
+        self.alpha = (2 * config.num_layers) ** 0.5
+        width, eps = config.hidden_size, config.layernorm_epsilon
+        self.input_layernorm = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(config, layer_index)
+        self.post_attention_layernorm = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        prefix: tuple[Tensor, Tensor] | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        normed = self.input_layernorm(hidden)
+        hidden = self.alpha * normed + self.attention(normed, rotary, mask, prefix, past_key_values)
+        normed = self.post_attention_layernorm(hidden)
+        return self.alpha * normed + self.mlp(normed)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, place and save the model."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embeddings, blocks and the last layer norm: token ids to hidden states."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        config.check()
+        if config.quantization_bit and config.quantization_embeddings:
+            self.word_embeddings = QuantizedEmbedding(
+                config.vocab_size, config.hidden_size, config.quantization_bit
+            )
+        else:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ChatGLMBlock(config, i) for i in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+        mask_positions: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, C); arguments as in ChatGLMForConditionalGeneration.forward."""
+        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, num_queries = hidden.shape[:2]
+        if use_cache and past_key_values is None:
+            past_key_values = KVCache(self.config.num_layers)
+        started = past_key_values is not None and past_key_values.is_initialized
+        offset = past_key_values.get_seq_length() if started else 0
+        num_virtual = self.config.pre_seq_len or 0
+        if started and not isinstance(offset, Tensor):
+            started = offset > 0  # a cache that was reset keeps its room
+            offset -= num_virtual if started else 0
+        if not isinstance(offset, Tensor):
+            self._check_length(offset + num_queries)
+        if context_lengths is None or mask_positions is None:
+            found = self._find_context(input_ids, attention_mask, position_ids, started)
+            context_lengths = found[0] if context_lengths is None else context_lengths
+            mask_positions = found[1] if mask_positions is None else mask_positions
+        rows = self._position_rows(
+            hidden, attention_mask, position_ids, context_lengths, mask_positions, started
+        )
+        rotary = rotary_for_positions(
+            rows,
+            max_length=self.config.max_sequence_length,
+            head_width=self.config.head_width,
+            half=self._computes_in_half(hidden),
+        )
+        mask = self._mask(
+            attention_mask, context_lengths, num_queries, offset, past_key_values, num_virtual
+        )
+        prefixes = [None] * self.config.num_layers
+        if self.prefix_encoder is not None and not started:
+            both = self.prefix_encoder(batch_size, hidden.dtype)  # (2 * layers, B, H, P, D)
+            prefixes = list(zip(both[0::2], both[1::2], strict=True))
+        states = []
+        for block, prefix in zip(self.layers, prefixes, strict=True):
+            states.append(hidden)
+            hidden = block(hidden, rotary, mask, prefix, past_key_values=past_key_values)
+        hidden = self.final_layernorm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+        )
+
+    def _check_length(self, length: int) -> None:
+        longest = self.config.max_sequence_length
+        if length > longest:
+            raise ToolkitError(
+                f"a sequence of {length} tokens; this model reads at most max_sequence_length"
+                f" {longest}: shorten the prompt or ask for fewer new tokens"
+            )
+
+    def _find_context(self, input_ids, attention_mask, position_ids, started):
+        if started and (position_ids is None or position_ids.dim() != 3):
+            raise ToolkitError(
+                "continuing from a cache needs context_lengths and mask_positions, or position_ids"
+                " of shape (B, 2, T)"
+            )
+        if input_ids is None:
+            raise ToolkitError("inputs_embeds needs context_lengths and mask_positions beside it")
+        if started:  # the context is all behind: what is new is causal
+            nothing = input_ids.new_zeros(input_ids.shape[0])
+            return nothing, nothing
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = mask_from_released(attention_mask)
+        config = self.config
+        return find_context(
+            input_ids,
+            attention_mask,
+            bos_token_id=config.bos_token_id,
+            gmask_token_id=config.gmask_token_id,
+            mask_token_id=config.mask_token_id,
+        )
+
+    def _position_rows(
+        self, hidden, attention_mask, position_ids, context_lengths, mask_positions, started
+    ) -> Tensor:
+        if position_ids is not None and position_ids.dim() == 3:
+            return position_ids
+        if position_ids is None:
+            if started:
+                raise ToolkitError("continuing from a cache needs position_ids")
+            if attention_mask is not None and attention_mask.dim() == 4:
+                attention_mask = mask_from_released(attention_mask)
+            position_ids = token_index(hidden[..., 0], attention_mask)
+        return position_rows(position_ids, context_lengths, mask_positions)
+
+    def _mask(
+        self, attention_mask, context_lengths, num_queries, offset, cache, num_virtual
+    ) -> Tensor | None:
+        fixed_size = isinstance(offset, Tensor) or (cache is not None and cache.is_compileable)
+        num_keys = offset + num_queries if not fixed_size else cache.get_mask_sizes(num_queries, 0)[0]
+        if num_virtual and fixed_size:
+            raise ToolkitError(
+                "a cache of fixed size has no room for the virtual tokens of p-tuning: leave"
+                " cache_implementation unset"
+            )
+        if attention_mask is not None and attention_mask.dim() == 4:
+            mask = ~attention_mask.bool()
+        elif num_queries == 1 and attention_mask is None and not fixed_size:
+            return None  # the newest token sees everything
+        else:
+            mask = allowed_keys(
+                attention_mask,
+                context_lengths,
+                num_queries=num_queries,
+                num_keys=num_keys,
+                offset=offset,
+            )
+        return F.pad(mask, (num_virtual, 0), value=True)
+
+    def _computes_in_half(self, hidden: Tensor) -> bool:
+        if torch.is_autocast_enabled(hidden.device.type):
+            return True
+        return hidden.dtype != torch.float32
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, ChatMixin):
+    """The model with its head: loss, `generate`, `chat`, strict loading."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "transformer.word_embeddings.weight"
+    }
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        context_lengths: Tensor | None = None,
+        mask_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), and the mean loss if labels are given.
+
+        input_ids (B, T). attention_mask (B, S) with 1 for real tokens, or the released
+        (B, 1, T, S) with True where attention is forbidden. position_ids (B, T), the number of
+        real tokens before each, or the released two rows (B, 2, T). context_lengths and
+        mask_positions (B,): see positions.find_context; searched in input_ids if not given.
+        labels (B, T), unshifted, -100 where nothing is learned. logits_to_keep: only the last so
+        many positions, 0 for all. hidden_states: what enters each block, then the final norm's
+        output.
+
+        Raises:
+            ToolkitError: past max_sequence_length, or continuing from a cache without positions.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            context_lengths=context_lengths,
+            mask_positions=mask_positions,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        return CausalLMOutputWithPast(
+            loss=next_token_loss(logits, labels) if labels is not None else None,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a folder or hub name, strictly: every tensor must be there and fit.
+
+        Only a prefix encoder may be missing (p-tuning that starts now). Code in the folder is
+        never run.
+
+        Raises:
+            ToolkitError: with the names of missing, surplus or misshapen tensors.
+        """
+        kwargs.pop("trust_remote_code", None)
+        wants_info = kwargs.pop("output_loading_info", False)
+        report = logging.getLogger("transformers.modeling_utils")
+        level = report.level
+        report.setLevel(logging.ERROR)  # the names are in the error below
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                **{**kwargs, "ignore_mismatched_sizes": True},
+            )
+        finally:
+            report.setLevel(level)
+        _check_loaded(str(pretrained_model_name_or_path), info)
+        return (model, info) if wants_info else model
+
+    def generate(self, inputs=None, *args, **kwargs):
+        """transformers' generate, with the context found once and a cache written in place."""
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if input_ids is None:
+            raise ToolkitError("generate needs input_ids that end in [gMASK] <sop>")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            kwargs["attention_mask"] = mask = mask_from_released(mask)
+        if mask is None:
+            # A prompt can't contain a pad: control tokens are never read out of text.
+            kwargs["attention_mask"] = mask = (input_ids != self.config.pad_token_id).long()
+        kwargs.pop("position_ids", None)  # follow from the mask and the context
+        if "context_lengths" not in kwargs:
+            kwargs["context_lengths"], kwargs["mask_positions"] = self.transformer._find_context(
+                input_ids, mask, None, False
+            )
+        return super().generate(input_ids, *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        plain = generation_config.cache_implementation is None and generation_config.use_cache
+        if plain and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = KVCache(self.config.num_layers)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """The forward pass builds its own mask from this, static caches included."""
+        return attention_mask
+
+
+def _check_loaded(where: str, info: dict) -> None:
+    missing = {k for k in info["missing_keys"] if not k.startswith("transformer.prefix_encoder.")}
+    new_prefix = set(info["missing_keys"]) - missing
+    misshapen = {f"{name} {list(found)} != {list(expected)}"
+                 for name, found, expected in info["mismatched_keys"]}  # fmt: skip
+    faults = [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}"
+        for kind, names in (
+            ("missing", missing),
+            ("surplus", info["unexpected_keys"]),
+            ("misshapen (stored != config.json)", misshapen),
+        )
+        if names
+    ]
+    if faults:
+        raise ToolkitError(
+            f"{where}: the tensors do not fit its config.json: {'; '.join(faults)}. Take all files"
+            " of one checkpoint; check quantization_bit and pre_seq_len in config.json"
+        )
+    if new_prefix:
+        logger.warning("%s: no prefix encoder stored; a new one was drawn", where)
+
+
+AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+AutoModel.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoModelForSeq2SeqLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)

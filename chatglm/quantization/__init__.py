@@ -1,0 +1,1 @@
+"""Weights in the released int8 and int4 formats."""
