@@ -10,6 +10,7 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
     4   data, never a model          records  corpus  batches
     5   files of weights             weights
     6   training                     optim  training  callbacks
+    6'  a terminal                   terminal
 
 The text-out floor stands under the model: it calls what it is handed and imports no model, so
 that `ChatGLMForConditionalGeneration` can offer `chat` the way it offers transformers' `generate`.

@@ -69,8 +69,8 @@ class InPlaceLayer(CacheLayerMixin):
         self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens."""
-        self.length -= tokens_to_remove
+        """Forget the last tokens; transformers gives their number as a negative one."""
+        self.length -= abs(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""

@@ -378,8 +378,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
         kwargs.pop("trust_remote_code", None)
         wants_info = kwargs.pop("output_loading_info", False)
         report = logging.getLogger("transformers.modeling_utils")
-        level = report.level
-        report.setLevel(logging.ERROR)  # the names are in the error below
+        report.addFilter(_only_errors)  # the names are in the error below
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -388,7 +387,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
                 **{**kwargs, "ignore_mismatched_sizes": True},
             )
         finally:
-            report.setLevel(level)
+            report.removeFilter(_only_errors)
         _check_loaded(str(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
 
@@ -421,6 +420,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
     def create_masks_for_generate(attention_mask=None, **kwargs):
         """The forward pass builds its own mask from this, static caches included."""
         return attention_mask
+
+
+def _only_errors(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _check_loaded(where: str, info: dict) -> None:

@@ -211,4 +211,42 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (path,)
 
 
+def train_tokenizer(texts: list[str], folder: str, *, vocab_size: int) -> ChatGLMTokenizer:
+    """A small tokenizer of the released kind, trained on texts; the same texts give the same file.
+
+    Unigram over NFKC text with bytes for rare characters, control tokens first, as released. The
+    vocabulary may come out smaller than vocab_size when the texts hold little.
+
+    Raises:
+        ToolkitError: if the texts are too few or hold more characters than vocab_size has room for.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, VOCAB_FILE)
+    whitespace = [NEWLINE, TAB, *(blank_token(k) for k in range(2, LONGEST_BLANK + 1))]
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_prefix=f"{path}.part",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            split_digits=True,
+            byte_fallback=True,
+            pad_id=3,
+            control_symbols=["[MASK]", "<unused_0>", "[gMASK]", "<sop>", "<eop>"],
+            user_defined_symbols=whitespace,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ToolkitError(
+            f"no tokenizer of {vocab_size} pieces can be trained on {len(lines)} lines ({error});"
+            " change vocab_size in the config, or name weights with their own tokenizer"
+        ) from None
+    os.remove(f"{path}.part.vocab")
+    os.replace(f"{path}.part.model", path)
+    return ChatGLMTokenizer(path)
+
+
 AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)

@@ -1,0 +1,67 @@
+"""Question/answer paragraphs from files, one JSON object a line.
+
+    {"id": 0, "paragraph": [{"q": "question", "a": "answer" or ["line", "line"]}, ...]}
+
+Every complaint names file and line.
+"""
+
+import glob
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from .errors import ToolkitError
+
+Rounds = list[tuple[str, str]]
+
+
+def expand_files(patterns: list[str]) -> list[str]:
+    """The files that names and globs stand for, each pattern's sorted.
+
+    Raises:
+        ToolkitError: if a pattern matches nothing.
+    """
+    files = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern))
+        if not found:
+            raise ToolkitError(f"{pattern}: no such file; check train_file and eval_file")
+        files.extend(found)
+    return files
+
+
+def read_paragraphs(files: list[str]) -> Iterator[Rounds]:
+    """The rounds of each paragraph, as (question, answer) pairs.
+
+    Raises:
+        ToolkitError: at the first line that is not a paragraph, with file, line and reason.
+    """
+    for path in files:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parse(line, f"{path}:{number}")
+
+
+def _parse(line: bytes, where: str) -> Rounds:
+    try:
+        content = json.loads(line.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ToolkitError(f"{where}: not a JSON object in UTF-8 ({error})") from None
+    rounds = content.get("paragraph") if isinstance(content, dict) else None
+    if not isinstance(rounds, list) or not rounds:
+        raise ToolkitError(f'{where}: expected {{"id": 0, "paragraph": [{{"q": ..., "a": ...}}]}}')
+    return [_parse_round(one, f"{where}: round {index}") for index, one in enumerate(rounds)]
+
+
+def _parse_round(content: Any, where: str) -> tuple[str, str]:
+    if not isinstance(content, dict) or not {"q", "a"} <= content.keys():
+        raise ToolkitError(f'{where}: expected {{"q": "question", "a": "answer"}}')
+    question, answer = content["q"], content["a"]
+    if isinstance(answer, list) and all(isinstance(line, str) for line in answer):
+        answer = "\n".join(answer)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise ToolkitError(f'{where}: "q" must be text, "a" text or a list of lines')
+    if not question.strip() or not answer.strip():
+        raise ToolkitError(f"{where}: empty question or answer")
+    return question, answer

@@ -1,0 +1,205 @@
+"""Folders of weights: finding, checking, loading and saving them.
+
+A folder is saved aside and renamed, so that an interrupted save leaves the last good one.
+"""
+
+import json
+import os
+import shutil
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from .configuration import ChatGLMConfig
+from .errors import ToolkitError
+from .model import ChatGLMForConditionalGeneration
+from .tokenizer import VOCAB_FILE, ChatGLMTokenizer
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def find_folder(name_or_path: str) -> str:
+    """The local folder of a path or of a hub name, checked for completeness.
+
+    A hub name (`THUDM/chatglm-6b`) comes from ModelScope if its package is installed, else from
+    Hugging Face.
+
+    Raises:
+        ToolkitError: if files are missing, by name, or the hub can't be reached.
+    """
+    if os.path.isdir(name_or_path):
+        _check_files(name_or_path)
+        return name_or_path
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise ToolkitError(
+            f"{name_or_path}: no such folder. Give a folder with config.json, {VOCAB_FILE} and the"
+            " weights, or a hub name such as THUDM/chatglm-6b"
+        )
+    folder = _download(name_or_path)
+    _check_files(folder)
+    return folder
+
+
+def _download(name: str) -> str:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(name)
+    except Exception as error:  # hubs and HTTP libraries raise many kinds; the reason is passed on
+        reason = " ".join(str(error).split())[:200]
+        raise ToolkitError(
+            f"{name}: neither a folder here nor reachable as a hub name ({reason}). Without a"
+            f" network, place config.json, {VOCAB_FILE}, tokenizer_config.json and the"
+            " pytorch_model*.bin or *.safetensors files into a folder and give its path"
+        ) from None
+
+
+def _check_files(folder: str) -> None:
+    missing = [n for n in ("config.json", VOCAB_FILE) if not _exists(folder, n)]
+    index = next((n for n in _INDEXES if _exists(folder, n)), None)
+    if not any(_exists(folder, n) for n in _SINGLES):
+        if index is None:
+            missing.append("model.safetensors or pytorch_model.bin (or their shards and index)")
+        else:
+            with open(os.path.join(folder, index), encoding="utf-8") as file:
+                shards = set(json.load(file)["weight_map"].values())
+            missing += sorted(shard for shard in shards if not _exists(folder, shard))
+    if missing:
+        raise ToolkitError(f"{folder}: missing {', '.join(missing)}")
+
+
+def _exists(folder: str, name: str) -> bool:
+    return os.path.exists(os.path.join(folder, name))
+
+
+def load_tokenizer(folder: str) -> ChatGLMTokenizer:
+    """The tokenizer of a folder, whether or not it has a tokenizer_config.json."""
+    if not _exists(folder, "tokenizer_config.json"):
+        return ChatGLMTokenizer(os.path.join(folder, VOCAB_FILE))
+    return ChatGLMTokenizer.from_pretrained(folder)
+
+
+def load_config(path: str) -> ChatGLMConfig:
+    """The checked shape in a config.json, or in a folder that has one.
+
+    Raises:
+        ToolkitError: if it can't be read, is another model's, or is impossible.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ToolkitError(f"{path}: not a readable config.json ({reason})") from None
+    if not isinstance(config, ChatGLMConfig):
+        raise ToolkitError(f"{path}: model_type is {config.model_type!r}, expected 'chatglm'")
+    config.check()
+    return config
+
+
+def check_tokenizer(tokenizer: ChatGLMTokenizer, config: ChatGLMConfig, where: str) -> None:
+    """Refuse a tokenizer that is not this model's.
+
+    Raises:
+        ToolkitError: naming every id that differs, or a vocabulary too large for the embedding.
+    """
+    pairs = {
+        "<sop>": (tokenizer.bos_token_id, config.bos_token_id),
+        "<eop>": (tokenizer.eos_token_id, config.eos_token_id),
+        "[gMASK]": (tokenizer.gmask_token_id, config.gmask_token_id),
+        "[MASK]": (tokenizer.mask_token_id, config.mask_token_id),
+        "<pad>": (tokenizer.pad_token_id, config.pad_token_id),
+    }
+    wrong = [f"{t} is {has} but config.json says {needs}"
+             for t, (has, needs) in pairs.items() if has != needs]  # fmt: skip
+    if tokenizer.vocab_size > config.vocab_size:
+        wrong.append(f"{tokenizer.vocab_size} pieces for {config.vocab_size} embedding rows")
+    if wrong:
+        raise ToolkitError(f"{where}: {VOCAB_FILE} is not this model's: {'; '.join(wrong)}")
+
+
+def load_pretrained(
+    name_or_path: str, *, precision: str = "auto", device: str = "auto"
+) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
+    """Model (in eval mode, on its device) and tokenizer of a folder or hub name, checked.
+
+    precision: "32", "bf16", "16", or "auto": as stored on a GPU, fp32 on a CPU.
+
+    Raises:
+        ToolkitError: if anything is missing or does not fit, with names.
+    """
+    folder = find_folder(name_or_path)
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, config, folder)
+    target = choose_device(device)
+    as_stored = precision == "auto" and target.type != "cpu"
+    dtype = "auto" if as_stored else DTYPES["32" if precision == "auto" else precision]
+    placement = {"device_map": {"": target}} if target.type != "cpu" else {}
+    model = ChatGLMForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, **placement
+    )
+    return model.eval(), tokenizer
+
+
+def choose_device(device: str) -> torch.device:
+    """The device named, or for "auto" the GPU if there is one.
+
+    Raises:
+        ToolkitError: if it is not on this machine.
+    """
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if found is None else torch.device(found.type, 0)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ToolkitError(f"device {device!r} is not usable here ({reason})") from None
+
+
+def describe(model: PreTrainedModel, where: str) -> str:
+    """One line: what was loaded, from where, in which precision, on which device."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    bits = model.config.quantization_bit
+    weights = f"int{bits} weights, {str(model.dtype)[6:]}" if bits else str(model.dtype)[6:]
+    return (
+        f"loaded {where}: {model.config.num_layers} layers, {count / 1e6:,.1f} M parameters,"
+        f" {weights}, on {model.device}"
+    )
+
+
+def save_folder(
+    model: PreTrainedModel, tokenizer: ChatGLMTokenizer, settings_json: str, folder: str
+) -> None:
+    """Weights as safetensors, config, tokenizer and settings.json; whole or not at all."""
+    aside = f"{folder}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    with open(os.path.join(aside, "settings.json"), "w", encoding="utf-8") as file:
+        file.write(settings_json)
+    replace_folder(aside, folder)
+
+
+def replace_folder(new: str, folder: str) -> None:
+    """Put a finished folder in the place of an older one."""
+    old = f"{folder}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(folder):
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_run_settings(folder: str) -> dict[str, Any]:
+    """The settings.json that a training run saved, or {} if there is none."""
+    path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

@@ -1,0 +1,36 @@
+"""Chat with pretrained weights.
+
+    python infer.py --model_name_or_path /path/to/chatglm-6b
+    python infer.py --model_name_or_path /path/to/chatglm-6b --query 你好
+"""
+
+from collections.abc import Sequence
+
+from chatglm.settings import ChatSettings, parse_settings, run_script
+from chatglm.terminal import converse
+from chatglm.weights import choose_device
+from data_utils import GROUPS, DataHelper
+from models import build_model, load_for_inference
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load what model_name_or_path names and talk."""
+    groups = [*GROUPS, (ChatSettings, {}, "ChatSettings")]
+    train, data, chat = parse_settings(groups, argv, description="Chat with pretrained weights.")
+    if train.from_scratch:
+        print(
+            "model_name_or_path is empty: a tiny ChatGLM with random weights answers, in gibberish."
+            " Train it with: python train.py; then talk to it with: python infer_finetuning.py"
+        )
+        helper = DataHelper(train, data)
+        model = build_model(train, helper.config).eval().to(choose_device(chat.device))
+        tokenizer = helper.tokenizer
+    else:
+        model, tokenizer = load_for_inference(
+            train.model_name_or_path, precision=chat.inference_precision, device=chat.device
+        )
+    converse(model, tokenizer, chat)
+
+
+if __name__ == "__main__":
+    run_script(main)
