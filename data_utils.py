@@ -1,7 +1,7 @@
 """Settings to edit, and the building of training records.
 
-    python data_utils.py                # build the records of train_file and eval_file
-    python data_utils.py --help         # every setting as a flag
+python data_utils.py                # build the records of train_file and eval_file
+python data_utils.py --help         # every setting as a flag
 """
 
 from collections.abc import Iterator, Sequence

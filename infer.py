@@ -1,7 +1,7 @@
 """Chat with pretrained weights.
 
-    python infer.py --model_name_or_path /path/to/chatglm-6b
-    python infer.py --model_name_or_path /path/to/chatglm-6b --query 你好
+python infer.py --model_name_or_path /path/to/chatglm-6b
+python infer.py --model_name_or_path /path/to/chatglm-6b --query 你好
 """
 
 from collections.abc import Sequence

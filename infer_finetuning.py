@@ -1,7 +1,7 @@
 """Chat with weights that train.py saved.
 
-    python infer_finetuning.py                      # ./best_ckpt/best
-    python infer_finetuning.py --checkpoint ./best_ckpt/last --query 从南京到上海的路线
+python infer_finetuning.py                      # ./best_ckpt/last
+python infer_finetuning.py --checkpoint ./best_ckpt/best --query 从南京到上海的路线
 """
 
 import os
@@ -18,8 +18,8 @@ from models import load_for_inference
 class CheckpointSettings:
     """Which trained weights to talk to."""
 
-    checkpoint: str = "./best_ckpt/best"
-    """Folder that train.py saved: best (by dev loss) or last."""
+    checkpoint: str = "./best_ckpt/last"
+    """Folder that train.py saved: last, or best (the epoch of the lowest dev loss)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

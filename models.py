@@ -26,7 +26,9 @@ __all__ = [
 ]
 
 
-def build_tokenizer(settings: TrainSettings, texts: list[str]) -> tuple[ChatGLMTokenizer, ChatGLMConfig]:
+def build_tokenizer(
+    settings: TrainSettings, texts: list[str]
+) -> tuple[ChatGLMTokenizer, ChatGLMConfig]:
     """Tokenizer and shape: those of the weights, or the embedded ones trained on `texts`."""
     if settings.from_scratch:
         config = load_config(settings.config_name)

@@ -1,6 +1,6 @@
 """Fine-tune ChatGLM-6B, or train the embedded tiny one.
 
-    python train.py                     # data_utils.py holds the settings; --help lists the flags
+python train.py                     # data_utils.py holds the settings; --help lists the flags
 """
 
 from collections.abc import Sequence

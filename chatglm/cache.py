@@ -78,7 +78,9 @@ class InPlaceLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
-        self._select(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
+        self._select(
+            torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats)
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows named."""

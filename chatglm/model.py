@@ -269,7 +269,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self, attention_mask, context_lengths, num_queries, offset, cache, num_virtual
     ) -> Tensor | None:
         fixed_size = isinstance(offset, Tensor) or (cache is not None and cache.is_compileable)
-        num_keys = offset + num_queries if not fixed_size else cache.get_mask_sizes(num_queries, 0)[0]
+        num_keys = (
+            offset + num_queries if not fixed_size else cache.get_mask_sizes(num_queries, 0)[0]
+        )
         if num_virtual and fixed_size:
             raise ToolkitError(
                 "a cache of fixed size has no room for the virtual tokens of p-tuning: leave"

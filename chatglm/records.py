@@ -17,9 +17,7 @@ import tfrecords
 from .errors import ToolkitError
 from .strategies import Sample
 
-_OPTIONS = tfrecords.TFRecordOptions(
-    compression_type=tfrecords.TFRecordCompressionType.NONE
-)
+_OPTIONS = tfrecords.TFRecordOptions(compression_type=tfrecords.TFRecordCompressionType.NONE)
 
 
 @dataclass

@@ -39,7 +39,7 @@ class TrainSettings:
     max_seq_length: int = 1024
     """Longest sample in tokens, prompt and answer together."""
     max_epochs: int | None = None
-    """Passes over the data; null: 40 from scratch, 3 with weights."""
+    """Passes over the data; null: 20 from scratch, 3 with weights."""
     max_steps: int = -1
     """Optimizer steps at the most; -1: as many as the epochs take."""
     train_batch_size: int = 8
@@ -86,7 +86,7 @@ class TrainSettings:
     @property
     def epochs(self) -> int:
         """max_epochs with its null filled in."""
-        return (40 if self.from_scratch else 3) if self.max_epochs is None else self.max_epochs
+        return (20 if self.from_scratch else 3) if self.max_epochs is None else self.max_epochs
 
     @property
     def peak_learning_rate(self) -> float:

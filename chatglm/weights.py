@@ -153,7 +153,9 @@ def choose_device(device: str) -> torch.device:
         ToolkitError: if it is not on this machine.
     """
     if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         return torch.device("cpu") if found is None else torch.device(found.type, 0)
     try:
         return torch.empty(0, device=device).device
