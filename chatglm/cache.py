@@ -70,7 +70,7 @@ class InPlaceLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; transformers gives their number as a negative one."""
-        self.length -= abs(tokens_to_remove)
+        self.length = max(self.length - abs(tokens_to_remove), 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
@@ -78,6 +78,8 @@ class InPlaceLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
+        if not self.is_initialized:
+            return
         self._select(
             torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats)
         )

@@ -79,6 +79,9 @@ class ChatMixin:
             ):  # fmt: skip
                 pass
             return result
+        if num_beams < 1:
+            raise ToolkitError(f"num_beams {num_beams}: allowed is 1 and above")
+        Sampling(do_sample, top_p, temperature, top_k, repetition_penalty)  # refuses bad values
         if seed is not None:
             raise ToolkitError("seed has no effect on beams: set num_beams to 1 or drop seed")
         rounds = list(history or [])

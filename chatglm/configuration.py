@@ -64,7 +64,7 @@ class ChatGLMConfig(PreTrainedConfig):
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
+            **{"tokenizer_class": "ChatGLMTokenizer", **kwargs},
         )
 
     @property

@@ -17,11 +17,13 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -45,8 +47,12 @@ from .positions import (
 from .prefix import PrefixEncoder
 from .quantization.linear import QuantizedEmbedding, QuantizedLinear
 from .rotary import apply_rotary, rotary_for_positions
+from .tokenizer import ChatGLMTokenizer
 
 logger = logging.getLogger("chatglm")
+
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's: it plans anew for every key length, 2 ms a layer and token on an H100."""
 
 
 def build_linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:
@@ -212,9 +218,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             both = self.prefix_encoder(batch_size, hidden.dtype)  # (2 * layers, B, H, P, D)
             prefixes = list(zip(both[0::2], both[1::2], strict=True))
         states = []
-        for block, prefix in zip(self.layers, prefixes, strict=True):
-            states.append(hidden)
-            hidden = block(hidden, rotary, mask, prefix, past_key_values=past_key_values)
+        with sdpa_kernel(ATTENTION_KERNELS):
+            for block, prefix in zip(self.layers, prefixes, strict=True):
+                states.append(hidden)
+                hidden = block(hidden, rotary, mask, prefix, past_key_values=past_key_values)
         hidden = self.final_layernorm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -451,6 +458,15 @@ def _check_loaded(where: str, info: dict) -> None:
         logger.warning("%s: no prefix encoder stored; a new one was drawn", where)
 
 
+class _TokenizerKey(ChatGLMConfig):
+    """Key of the tokenizer's registration, which is found by its class name.
+
+    Were ChatGLMConfig itself the key, AutoTokenizer with trust_remote_code=True would prefer the
+    dead code that the released folder brings.
+    """
+
+
+AutoTokenizer.register(_TokenizerKey, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 AutoModel.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)

@@ -11,10 +11,9 @@ import shutil
 
 import numpy as np
 import sentencepiece
-from transformers import AutoTokenizer, PreTrainedTokenizer
+from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
-from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 
 VOCAB_FILE = "ice_text.model"
@@ -247,6 +246,3 @@ def train_tokenizer(texts: list[str], folder: str, *, vocab_size: int) -> ChatGL
     os.remove(f"{path}.part.vocab")
     os.replace(f"{path}.part.model", path)
     return ChatGLMTokenizer(path)
-
-
-AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)

@@ -113,7 +113,8 @@ def test_an_answer_that_ends_by_itself_is_not_called_cut(released, tokenizer, ca
     "options",
     [{"max_length": 257}, {"max_length": 1}, {"max_length": 64, "max_new_tokens": 64},
      {"max_length": 64, "max_new_tokens": 0}, {"max_length": 64, "top_p": 2.0},
-     {"max_length": 64, "num_beams": 2, "seed": 1}, {"max_length": 64, "num_beams": 0}],
+     {"max_length": 64, "num_beams": 2, "seed": 1}, {"max_length": 64, "num_beams": 0},
+     {"max_length": 64, "num_beams": 2, "top_p": 2.0}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(released, tokenizer, options):
     with pytest.raises(ToolkitError):

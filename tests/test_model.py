@@ -333,7 +333,8 @@ def test_scores_past_the_range_of_fp16_do_no_harm(write_checkpoint, golden, cach
     assert (q @ k.transpose(2, 3)).abs().max() > 65504
     logits = narrow(ids, use_cache=cached).logits
     assert torch.isfinite(logits).all()
-    assert distance(logits, expected) < 0.1
+    # By norm: at scores this large single rows may swap two nearly equal keys.
+    assert (logits.float() - expected).norm() / expected.norm() < 0.05
 
 
 # Generation

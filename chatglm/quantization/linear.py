@@ -23,10 +23,15 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """weight (out, in) as the released code stores it: int8 values or pairs, and scales (out,)."""
-    largest = 2 ** (bits - 1) - 1
-    scale = (weight.abs().amax(dim=1) / largest).half()
-    values = (weight / scale[:, None].to(weight.dtype)).round().to(torch.int8)
+    """weight (out, in) as the released code stores it: int8 values or pairs, and scales (out,).
+
+    Everything is reckoned in fp16, whatever the weight's precision: that is how the released
+    files came about. A row of zeros gets scale 0.
+    """
+    half, largest = weight.half(), 2 ** (bits - 1) - 1
+    scale = half.abs().amax(dim=1) / largest
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    values = (half / divisor[:, None]).round().to(torch.int8)
     return (pack_int4(values) if bits == 4 else values), scale
 
 
