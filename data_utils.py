@@ -93,8 +93,6 @@ class DataHelper:
         print(f"{path}: building ({reason})")
         samples = tqdm(self.samples(files), unit=" samples", desc=split, disable=None)
         counts = records.write_records(path, samples, source)
-        if not counts.samples:
-            raise ToolkitError(f"{', '.join(files)}: no paragraphs; {split} would be empty")
         print(f"{path}: {_summary(counts)}")
         return path
 

@@ -30,9 +30,14 @@ class SaveBestAndLast(lightning.Callback):
         self.save(os.path.join(self.folder, "last"))
 
     def on_train_end(self, trainer, module) -> None:
-        """The final weights, whatever ended the training."""
+        """The final weights."""
         if trainer.is_global_zero:
             self.save(os.path.join(self.folder, "last"))
+
+    def on_exception(self, trainer, module, exception) -> None:
+        """Ctrl-C keeps what was learned; after any other error the last good weights stay."""
+        if isinstance(exception, KeyboardInterrupt):
+            self.on_train_end(trainer, module)
 
 
 class LossCurve(lightning.Callback):
@@ -45,7 +50,9 @@ class LossCurve(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Remember the loss of this step."""
-        self.train.append((trainer.global_step, float(outputs["loss"])))
+        # Lightning has divided the loss by the number of accumulated batches.
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        self.train.append((trainer.global_step, loss))
 
     def on_train_epoch_end(self, trainer, module) -> None:
         """Remember the dev loss; print a line; draw."""

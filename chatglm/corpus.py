@@ -5,8 +5,10 @@
 Every complaint names file and line.
 """
 
+import codecs
 import glob
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +28,11 @@ def expand_files(patterns: list[str]) -> list[str]:
         found = sorted(glob.glob(pattern))
         if not found:
             raise ToolkitError(f"{pattern}: no such file; check train_file and eval_file")
+        for path in found:
+            if not os.path.isfile(path):
+                raise ToolkitError(
+                    f"{path}: a folder; name files, or a pattern such as {path}/*.json"
+                )
         files.extend(found)
     return files
 
@@ -39,15 +46,19 @@ def read_paragraphs(files: list[str]) -> Iterator[Rounds]:
     for path in files:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if line.removeprefix(codecs.BOM_UTF8).strip():
                     yield _parse(line, f"{path}:{number}")
 
 
 def _parse(line: bytes, where: str) -> Rounds:
     try:
         content = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ToolkitError(f"{where}: not a JSON object in UTF-8 ({error})") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # bad UTF-8, bad JSON, numbers or nesting too long
+        reason = str(error)[:200]
+        raise ToolkitError(f"{where}: not a JSON object in UTF-8 ({reason})") from None
     rounds = content.get("paragraph") if isinstance(content, dict) else None
     if not isinstance(rounds, list) or not rounds:
         raise ToolkitError(f'{where}: expected {{"id": 0, "paragraph": [{{"q": ..., "a": ...}}]}}')
@@ -64,4 +75,6 @@ def _parse_round(content: Any, where: str) -> tuple[str, str]:
         raise ToolkitError(f'{where}: "q" must be text, "a" text or a list of lines')
     if not question.strip() or not answer.strip():
         raise ToolkitError(f"{where}: empty question or answer")
+    if any("\ud800" <= character <= "\udfff" for character in question + answer):
+        raise ToolkitError(f"{where}: half a surrogate pair, which is no character")
     return question, answer

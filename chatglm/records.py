@@ -86,7 +86,11 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def write_records(path: str, samples: Iterable[Sample], source: dict[str, Any]) -> Counts:
-    """Write all samples and the manifest; both appear whole or not at all."""
+    """Write all samples and the manifest, each aside and then renamed.
+
+    Raises:
+        ToolkitError: if there are no samples; nothing is written then.
+    """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     counts, aside = Counts(), f"{path}.part"
     with tfrecords.TFRecordWriter(aside, options=_OPTIONS) as writer:
@@ -97,6 +101,10 @@ def write_records(path: str, samples: Iterable[Sample], source: dict[str, Any]) 
     manifest = {"source": source, "counts": vars(counts), "bytes": os.path.getsize(aside)}
     with open(f"{manifest_path(path)}.part", "w", encoding="utf-8") as file:
         json.dump(manifest, file, ensure_ascii=False, indent=2)
+    if not counts.samples:
+        os.remove(aside)
+        os.remove(f"{manifest_path(path)}.part")
+        raise ToolkitError(f"{path}: its source holds no samples: {', '.join(source['data'])}")
     os.replace(aside, path)
     os.replace(f"{manifest_path(path)}.part", manifest_path(path))
     return counts
@@ -109,10 +117,15 @@ class RecordFile:
         if not os.path.exists(path):
             raise ToolkitError(f"{path}: not built yet; run: python data_utils.py")
         self.path = path
-        self._reader = tfrecords.tf_record_random_reader(
-            path, options=_OPTIONS, with_share_memory=True
-        )
-        self._offsets = [offset for offset, _ in self._reader.read_offsets(0)]
+        try:
+            self._reader = tfrecords.tf_record_random_reader(
+                path, options=_OPTIONS, with_share_memory=True
+            )
+            self._offsets = [offset for offset, _ in self._reader.read_offsets(0)]
+        except Exception as error:  # the reader raises its own classes, without a common one
+            raise ToolkitError(
+                f"{path}: damaged ({error}); delete it and run: python data_utils.py"
+            ) from None
         expected = read_manifest(path)["counts"]["samples"]
         if len(self._offsets) != expected:
             raise ToolkitError(

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -73,6 +73,11 @@ class TrainSettings:
         _at_least(self, 1, "max_seq_length", "train_batch_size", "eval_batch_size", "devices")
         _at_least(self, 1, "gradient_accumulation_steps", "max_epochs")
         _at_least(self, 0, "warmup_steps", "weight_decay", "learning_rate", "max_grad_norm")
+        _at_least(self, 0, "seed", "adam_epsilon")
+        if self.seed >= 2**32:
+            raise ToolkitError(f"seed {self.seed}: allowed is 0 to {2**32 - 1}")
+        if not all(0 <= beta < 1 for beta in self.optimizer_betas):
+            raise ToolkitError(f"optimizer_betas {self.optimizer_betas}: each is 0 up to below 1")
         if not self.train_file:
             raise ToolkitError("train_file is empty: name at least one file")
         if self.max_steps == 0 or self.max_steps < -1:
@@ -168,16 +173,40 @@ def parse_settings(
     arguments = list(sys.argv[1:] if argv is None else argv)
     _check_arguments(arguments, known)
     try:
-        values = parser.parse_args(arguments).as_dict()
-    except (jsonargparse.ArgumentError, TypeError) as error:
+        defaults = parser.get_defaults()
+        parser.validate(defaults)  # jsonargparse trusts defaults, and the dicts are such
+        parsed = parser.parse_args(_files_first(arguments))
+        parser.validate(parsed)
+    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:
         raise ToolkitError(" ".join(str(error).split())) from None
+    values = parsed.as_dict()
+    for group, _, _ in groups:
+        _refuse_null(group, values)
     return [group(**{n: values[n] for n in names[group.__name__]}) for group, _, _ in groups]
+
+
+def _refuse_null(group: type, values: dict[str, Any]) -> None:
+    hints = get_type_hints(group)
+    for item in dataclasses.fields(group):
+        if values[item.name] is None and type(None) not in get_args(hints[item.name]):
+            raise ToolkitError(f"{item.name}: null is not allowed; expected {item.type}")
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """--config and its value before the flags, which then win wherever they stand."""
+    files, flags, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            files += [argument, *[value for value in [next(rest, None)] if value is not None]]
+        else:
+            (files if argument.startswith("--config=") else flags).append(argument)
+    return files + flags
 
 
 def _refuse_unknown(keys: Any, known: list[str], where: str) -> None:
     for key in keys:
         if key not in known:
-            raise ToolkitError(f"{where}: unknown setting {key!r}.{nearest(key, known)}")
+            raise ToolkitError(f"{where}: unknown setting {key!r}.{nearest(str(key), known)}")
 
 
 def _check_arguments(arguments: list[str], known: list[str]) -> None:

@@ -19,7 +19,7 @@ from .errors import ToolkitError
 VOCAB_FILE = "ice_text.model"
 NEWLINE, TAB, LONGEST_BLANK = "<n>", "<|tab|>", 80
 _SEPARATOR = "\x1e"  # ASCII record separator
-_SPACES = re.compile(f" {{2,{LONGEST_BLANK}}}")
+_SPACES = re.compile("  +")  # with an upper bound it is three times as slow
 _BLANK = re.compile(r"<\|blank_(\d{1,2})\|>")
 
 
@@ -31,7 +31,12 @@ def blank_token(length: int) -> str:
 def mark_whitespace(text: str) -> str:
     """Newlines, tabs and runs of spaces (longest first) as the pieces that stand for them."""
     marked = text.replace("\n", NEWLINE).replace("\t", TAB)
-    return _SPACES.sub(lambda run: blank_token(len(run.group())), marked)
+    return _SPACES.sub(_mark_run, marked)
+
+
+def _mark_run(run: re.Match) -> str:
+    whole, rest = divmod(len(run.group()), LONGEST_BLANK)
+    return blank_token(LONGEST_BLANK) * whole + (blank_token(rest) if rest > 1 else " " * rest)
 
 
 def unmark_whitespace(text: str) -> str:
@@ -110,7 +115,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Every piece with its id."""
         return {self.sp_model.id_to_piece(i): i for i in range(self.vocab_size)}
 
-    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+    def encode_texts(self, texts: list[str], *, num_threads: int = -1) -> list[list[int]]:
         """Ids of many texts, without control tokens; the fast road of data building.
 
         The whitespace of all texts is marked in one pass over their join, which takes a third of
@@ -119,7 +124,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         marked = mark_whitespace(_SEPARATOR.join(texts)).split(_SEPARATOR)
         if len(marked) != len(texts):
             marked = [mark_whitespace(text) for text in texts]
-        return self.sp_model.encode(marked)
+        return self.sp_model.encode(marked, num_threads=num_threads)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt ready for an answer: text, [gMASK], <sop>."""

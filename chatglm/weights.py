@@ -5,10 +5,12 @@ A folder is saved aside and renamed, so that an interrupted save leaves the last
 
 import json
 import os
+import pickle
 import shutil
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from .configuration import ChatGLMConfig
@@ -30,9 +32,10 @@ def find_folder(name_or_path: str) -> str:
     Raises:
         ToolkitError: if files are missing, by name, or the hub can't be reached.
     """
-    if os.path.isdir(name_or_path):
-        _check_files(name_or_path)
-        return name_or_path
+    path = os.path.expanduser(name_or_path)
+    if os.path.isdir(path):
+        _check_files(path)
+        return path
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
         raise ToolkitError(
             f"{name_or_path}: no such folder. Give a folder with config.json, {VOCAB_FILE} and the"
@@ -66,11 +69,18 @@ def _check_files(folder: str) -> None:
         if index is None:
             missing.append("model.safetensors or pytorch_model.bin (or their shards and index)")
         else:
-            with open(os.path.join(folder, index), encoding="utf-8") as file:
-                shards = set(json.load(file)["weight_map"].values())
+            shards = set(_read_index(os.path.join(folder, index)).values())
             missing += sorted(shard for shard in shards if not _exists(folder, shard))
     if missing:
         raise ToolkitError(f"{folder}: missing {', '.join(missing)}")
+
+
+def _read_index(path: str) -> dict[str, str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ToolkitError(f"{path}: not an index of shards ({error!r}); take it anew") from None
 
 
 def _exists(folder: str, name: str) -> bool:
@@ -92,12 +102,15 @@ def load_config(path: str) -> ChatGLMConfig:
     """
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        if isinstance(config, ChatGLMConfig):
+            config.check()
+    except ToolkitError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ToolkitError(f"{path}: not a readable config.json ({reason})") from None
     if not isinstance(config, ChatGLMConfig):
         raise ToolkitError(f"{path}: model_type is {config.model_type!r}, expected 'chatglm'")
-    config.check()
     return config
 
 
@@ -140,9 +153,13 @@ def load_pretrained(
     as_stored = precision == "auto" and target.type != "cpu"
     dtype = "auto" if as_stored else DTYPES["32" if precision == "auto" else precision]
     placement = {"device_map": {"": target}} if target.type != "cpu" else {}
-    model = ChatGLMForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, **placement
-    )
+    try:
+        model = ChatGLMForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=dtype, **placement
+        )
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ToolkitError(f"{folder}: the weights can't be read ({reason})") from None
     return model.eval(), tokenizer
 
 
@@ -203,5 +220,8 @@ def read_run_settings(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "settings.json")
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ToolkitError(f"{path}: not readable as JSON ({error})") from None

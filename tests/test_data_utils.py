@@ -151,10 +151,10 @@ def test_an_empty_file_is_refused_each_time(helper, tmp_path):
 
 
 def test_lengths_that_leave_no_prompt_are_refused(helper):
-    with pytest.raises(ToolkitError, match="ensure_answer_min_length 9.*max_seq_length 12"):
+    with pytest.raises(ToolkitError, match=r"ensure_answer_min_length 9.*max_seq_length 12"):
         helper([[("你好", "你好！")]], max_seq_length=12, ensure_answer_min_length=9)
 
 
 def test_a_length_that_the_model_cannot_read_is_refused(helper):
-    with pytest.raises(ToolkitError, match="max_seq_length 4096.*2048"):
+    with pytest.raises(ToolkitError, match=r"max_seq_length 4096.*2048"):
         helper([[("你好", "你好！")]], max_seq_length=4096)

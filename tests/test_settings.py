@@ -50,7 +50,7 @@ def test_later_sources_win_wherever_the_flag_stands(tmp_path, flag_first):
     config = tmp_path / "run.yaml"
     config.write_text("seed: 3\nmax_epochs: 3\n")
     sources = [["--config", str(config)], ["--max_epochs", "4"]]
-    argv = sum(reversed(sources) if flag_first else sources, [])
+    argv = [*sources[flag_first], *sources[not flag_first]]
     found = parse(*argv, edited={"seed": 2, "max_epochs": 2, "warmup_steps": 2})
     expected = {"max_epochs": 4, "seed": 3, "warmup_steps": 2, "max_seq_length": 1024}
     assert {name: getattr(found, name) for name in expected} == expected
@@ -66,14 +66,14 @@ def test_the_settings_json_of_a_run_is_a_config_of_the_next(tmp_path):
 
 
 def test_an_unknown_flag_is_refused_with_the_nearest_name():
-    with pytest.raises(ToolkitError, match="'learning_rat'.*mean 'learning_rate'"):
+    with pytest.raises(ToolkitError, match=r"'learning_rat'.*mean 'learning_rate'"):
         parse("--learning_rat", "1")
-    with pytest.raises(ToolkitError, match="'learning_rat'.*mean 'learning_rate'"):
+    with pytest.raises(ToolkitError, match=r"'learning_rat'.*mean 'learning_rate'"):
         parse("--learning_rat=1")
 
 
 def test_an_unknown_dict_key_is_refused_with_the_nearest_name():
-    with pytest.raises(ToolkitError, match="the dict: .*'max_epoch'.*mean 'max_epochs'"):
+    with pytest.raises(ToolkitError, match=r"the dict: .*'max_epoch'.*mean 'max_epochs'"):
         parse(edited={"max_epoch": 1})
 
 

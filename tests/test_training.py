@@ -140,9 +140,7 @@ def fit(folder, model, *, saves, **settings):
              for name in ("input_ids", "labels", "context_lengths", "mask_positions")}  # fmt: skip
     batch |= {"sample_index": torch.arange(2), "num_tokens": torch.tensor(6)}
     loader = torch.utils.data.DataLoader([batch] * 4, batch_size=None)
-    trainer = build_trainer(
-        settings, lambda name: saves.append(Path(name).name), has_dev_set=False
-    )
+    trainer = build_trainer(settings, lambda name: saves.append(Path(name).name), has_dev_set=False)
     trainer.fit(ChatGLMTraining(model, settings), loader)
     return trainer
 
