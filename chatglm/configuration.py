@@ -7,6 +7,15 @@ from .errors import ToolkitError
 OLD_VOCABULARY = 150528
 """Rows of the first weights (April 2023), whose first 20000 ids are image tokens."""
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "inner_hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "max_sequence_length",
+)
+
 
 class ChatGLMConfig(PreTrainedConfig):
     """Settings of one checkpoint. The defaults are the released ChatGLM-6B v1.1."""
@@ -79,6 +88,9 @@ class ChatGLMConfig(PreTrainedConfig):
             ToolkitError: for the older vocabulary, one-dimensional positions, heads that do not
                 divide the hidden width into fours, or a bit count without a released format.
         """
+        for name in _SIZES:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ToolkitError(f"{name} {getattr(self, name)!r}: expected a number above 0")
         if self.vocab_size == OLD_VOCABULARY:
             raise ToolkitError(
                 f"vocab_size {OLD_VOCABULARY} is the first ChatGLM-6B (ids from 150000, 20000 image"

@@ -173,8 +173,8 @@ def parse_settings(
     arguments = list(sys.argv[1:] if argv is None else argv)
     _check_arguments(arguments, known)
     try:
-        defaults = parser.get_defaults()
-        parser.validate(defaults)  # jsonargparse trusts defaults, and the dicts are such
+        for _, edited, _ in groups:  # defaults are not checked for their types, arguments are
+            parser.parse_args([f"--{name}={json.dumps(edited[name])}" for name in edited])
         parsed = parser.parse_args(_files_first(arguments))
         parser.validate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:

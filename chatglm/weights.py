@@ -159,7 +159,10 @@ def load_pretrained(
         )
     except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ToolkitError(f"{folder}: the weights can't be read ({reason})") from None
+        files = sorted(n for n in os.listdir(folder) if n.endswith((".bin", ".safetensors")))
+        raise ToolkitError(
+            f"{folder}: the weights can't be read from {', '.join(files)} ({reason}); take them anew"
+        ) from None
     return model.eval(), tokenizer
 
 

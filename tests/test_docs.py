@@ -1,0 +1,80 @@
+"""What the READMEs promise: files, flags and commands."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README_zh.md")
+SET_UP = ("make", "python3 -m venv", ".venv/bin/pip", ".venv/bin/python -m pytest")
+
+
+def blocks(name, language):
+    text = ROOT.joinpath(name).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
+
+
+def commands(name):
+    return [line for block in blocks(name, "bash") for line in block.splitlines() if line]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_file_of_the_map_exists_and_every_script_is_in_it(name):
+    text = ROOT.joinpath(name).read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
+    assert all(ROOT.joinpath(path).exists() for path in listed)
+    assert {path.name for path in ROOT.glob("*.py")} <= listed
+
+
+def test_both_readmes_have_the_same_code():
+    for language in ("bash", "python", "json", ""):
+        english, chinese = (
+            [re.sub(r"#.*", "", block) for block in blocks(name, language)] for name in READMES
+        )
+        assert english == chinese
+
+
+def test_every_flag_named_in_the_readmes_exists():
+    text = "".join(ROOT.joinpath(name).read_text(encoding="utf-8") for name in READMES)
+    helps = "".join(
+        subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for script in ("train.py", "infer.py", "infer_finetuning.py")
+    )
+    for flag in set(re.findall(r"--[a-z][a-z_]+", text)):
+        assert flag in helps, flag
+
+
+@pytest.mark.slow
+def test_the_road_of_the_readme_ends_in_the_right_answers(tmp_path):
+    """Runs the README's commands in order on a copy of the tree, the demo included."""
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for path in tracked:
+        if not path.startswith("tests/"):
+            target = tmp_path / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(ROOT.joinpath(path).read_bytes())
+    outputs = {}
+    for line in commands("README.md"):
+        if not line.startswith(SET_UP):
+            command = line.replace(".venv/bin/python", shlex.quote(sys.executable))
+            command = command.replace("/tmp/", f"{tmp_path}/")
+            done = subprocess.run(
+                command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, (line, done.stderr[-2000:])
+            outputs[line] = done.stdout
+    route = next(text for line, text in outputs.items() if "从南京到上海的路线" in line)
+    assert "1. 坐高铁：从南京南站" in route
+    assert "2. 自驾：走G42沪蓉高速" in route
+    rounds = next(text for line, text in outputs.items() if line.startswith("printf"))
+    assert "答：南京最有名的小吃有盐水鸭、鸭血粉丝汤和小笼包" in rounds
+    assert "答：盐水鸭先用炒热的花椒盐" in rounds
