@@ -19,8 +19,8 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from chatglm.configuration import ChatGLMConfig
-from chatglm.model import ChatGLMForConditionalGeneration
+from chatglm.configuration import ChatGLMConfig  # noqa: E402
+from chatglm.model import ChatGLMForConditionalGeneration  # noqa: E402
 
 NUM_SHARDS = 8
 

@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -26,7 +27,7 @@ def seconds(work) -> float:
 def main() -> None:
     """Print the medians and the ratio, pair by pair."""
     tokenizer = ChatGLMTokenizer(sys.argv[1])
-    rows = [row for path in sys.argv[2:] for row in json.load(open(path, encoding="utf-8"))]
+    rows = [row for path in sys.argv[2:] for row in json.loads(Path(path).read_text("utf-8"))]
     texts = [value for row in rows for value in row.values() if isinstance(value, str) and value]
     bare = tokenizer.sp_model
     pairs = [

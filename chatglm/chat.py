@@ -1,6 +1,7 @@
 """A conversation with the model, as the released `chat` and `stream_chat` hold it."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -71,14 +72,12 @@ class ChatMixin:
             ToolkitError: if the query alone does not fit, or a setting is out of range.
         """
         if num_beams == 1:
-            result = (clean_response(""), list(history or []))
-            for result in self.stream_chat(
+            answers = self.stream_chat(
                 tokenizer, query, history, max_length, do_sample, top_p, temperature,
                 logits_processor, top_k=top_k, repetition_penalty=repetition_penalty,
                 max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, seed=seed,
-            ):  # fmt: skip
-                pass
-            return result
+            )  # fmt: skip
+            return deque(answers, maxlen=1).pop()
         if num_beams < 1:
             raise ToolkitError(f"num_beams {num_beams}: allowed is 1 and above")
         Sampling(do_sample, top_p, temperature, top_k, repetition_penalty)  # refuses bad values
@@ -161,7 +160,8 @@ class ChatMixin:
             raise ToolkitError(f"max_length {max_length}: allowed is 2 to {longest} for this model")
         if max_new_tokens is not None and not 0 < max_new_tokens < max_length:
             raise ToolkitError(
-                f"max_new_tokens {max_new_tokens}: allowed is 1 to max_length - 1 = {max_length - 1}"
+                f"max_new_tokens {max_new_tokens}: allowed is 1 to {max_length - 1}, one below"
+                " max_length"
             )
         ids, dropped = fit_prompt(
             tokenizer, query, rounds, max_length=max_length, max_new_tokens=max_new_tokens

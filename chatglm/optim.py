@@ -9,7 +9,7 @@ from .settings import TrainSettings
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups: matrices decay, biases and norms (one-dimensional) don't."""
+    """Trained parameters in two groups: matrices, which decay; biases and norms, which don't."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},

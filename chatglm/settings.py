@@ -174,7 +174,7 @@ def parse_settings(
     _check_arguments(arguments, known)
     try:
         for _, edited, _ in groups:  # defaults are not checked for their types, arguments are
-            parser.parse_args([f"--{name}={json.dumps(edited[name])}" for name in edited])
+            parser.parse_args([_as_flag(name, value) for name, value in edited.items()])
         parsed = parser.parse_args(_files_first(arguments))
         parser.validate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:
@@ -183,6 +183,10 @@ def parse_settings(
     for group, _, _ in groups:
         _refuse_null(group, values)
     return [group(**{n: values[n] for n in names[group.__name__]}) for group, _, _ in groups]
+
+
+def _as_flag(name: str, value: Any) -> str:
+    return f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _refuse_null(group: type, values: dict[str, Any]) -> None:

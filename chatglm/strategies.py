@@ -21,7 +21,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence: the first context_length ids, up to <sop>, are read; the rest learned."""
+    """One training sequence: context_length ids and the <sop> are read, the rest is learned."""
 
     input_ids: list[int]
     context_length: int

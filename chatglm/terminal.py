@@ -64,13 +64,13 @@ def _answer(model, tokenizer, chat: ChatSettings, question: str, history):
         max_new_tokens=chat.max_new_tokens,
         seed=chat.generation_seed,
     )
-    shown, grown = "", history
+    shown, rounds = "", history
     print("答：", end="", flush=True)
     try:
         for text, grown in stream:
             print(text[len(shown) :], end="", flush=True)
-            shown = text
+            shown, rounds = text, grown
     except KeyboardInterrupt:
         print(" (stopped)", end="")
     print()
-    return grown
+    return rounds

@@ -161,7 +161,8 @@ def load_pretrained(
         reason = " ".join(str(error).split())[:200]
         files = sorted(n for n in os.listdir(folder) if n.endswith((".bin", ".safetensors")))
         raise ToolkitError(
-            f"{folder}: the weights can't be read from {', '.join(files)} ({reason}); take them anew"
+            f"{folder}: the weights can't be read from {', '.join(files)} ({reason});"
+            " take them anew"
         ) from None
     return model.eval(), tokenizer
 
