@@ -168,13 +168,13 @@ def parse_settings(
         names[group.__name__] = [f.name for f in dataclasses.fields(group)]
         _refuse_unknown(edited, names[group.__name__], where)
         parser.add_class_arguments(group, help=group.__doc__)
-        parser.set_defaults(edited)
     known = [name for group in names.values() for name in group]
     arguments = list(sys.argv[1:] if argv is None else argv)
     _check_arguments(arguments, known)
     try:
         for _, edited, _ in groups:  # defaults are not checked for their types, arguments are
             parser.parse_args([_as_flag(name, value) for name, value in edited.items()])
+            parser.set_defaults(edited)
         parsed = parser.parse_args(_files_first(arguments))
         parser.validate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:
