@@ -4,6 +4,7 @@ python infer.py --model_name_or_path /path/to/chatglm-6b
 python infer.py --model_name_or_path /path/to/chatglm-6b --query 你好
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 from chatglm.settings import ChatSettings, parse_settings, run_script
@@ -12,6 +13,8 @@ from chatglm.weights import choose_device
 from data_utils import GROUPS, DataHelper
 from models import build_model, load_for_inference
 
+GIBBERISH_TOKENS = 40
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load what model_name_or_path names and talk."""
@@ -19,9 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, data, chat = parse_settings(groups, argv, description="Chat with pretrained weights.")
     if train.from_scratch:
         print(
-            "model_name_or_path is empty: a tiny ChatGLM with random weights answers, in gibberish."
+            "model_name_or_path is empty: a tiny ChatGLM with random weights answers, in gibberish"
+            f" of {GIBBERISH_TOKENS} tokens unless max_new_tokens is set."
             " Train it with: python train.py; then talk to it with: python infer_finetuning.py"
         )
+        if chat.max_new_tokens is None:
+            chat = dataclasses.replace(chat, max_new_tokens=GIBBERISH_TOKENS)
         helper = DataHelper(train, data)
         model = build_model(train, helper.config).eval().to(choose_device(chat.device))
         tokenizer = helper.tokenizer

@@ -186,37 +186,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, C); arguments as in ChatGLMForConditionalGeneration.forward."""
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        batch_size, num_queries = hidden.shape[:2]
         if use_cache and past_key_values is None:
             past_key_values = KVCache(self.config.num_layers)
-        started = past_key_values is not None and past_key_values.is_initialized
-        offset = past_key_values.get_seq_length() if started else 0
-        num_virtual = self.config.pre_seq_len or 0
-        if started and not isinstance(offset, Tensor):
-            started = offset > 0  # a cache that was reset keeps its room
-            offset -= num_virtual if started else 0
+        started, offset = self._progress(past_key_values)
         if not isinstance(offset, Tensor):
-            self._check_length(offset + num_queries)
+            self._check_length(offset + hidden.shape[1])
         if context_lengths is None or mask_positions is None:
             found = self._find_context(input_ids, attention_mask, position_ids, started)
             context_lengths = found[0] if context_lengths is None else context_lengths
             mask_positions = found[1] if mask_positions is None else mask_positions
-        rows = self._position_rows(
-            hidden, attention_mask, position_ids, context_lengths, mask_positions, started
-        )
         rotary = rotary_for_positions(
-            rows,
+            self._position_rows(
+                hidden, attention_mask, position_ids, context_lengths, mask_positions, started
+            ),
             max_length=self.config.max_sequence_length,
             head_width=self.config.head_width,
             half=self._computes_in_half(hidden),
         )
-        mask = self._mask(
-            attention_mask, context_lengths, num_queries, offset, past_key_values, num_virtual
-        )
-        prefixes = [None] * self.config.num_layers
-        if self.prefix_encoder is not None and not started:
-            both = self.prefix_encoder(batch_size, hidden.dtype)  # (2 * layers, B, H, P, D)
-            prefixes = list(zip(both[0::2], both[1::2], strict=True))
+        mask = self._mask(attention_mask, context_lengths, hidden.shape[1], offset, past_key_values)
+        prefixes = self._prefixes(hidden, started)
         states = []
         with sdpa_kernel(ATTENTION_KERNELS):
             for block, prefix in zip(self.layers, prefixes, strict=True):
@@ -228,6 +216,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*states, hidden) if output_hidden_states else None,
         )
+
+    def _progress(self, cache: Cache | None) -> tuple[bool, int | Tensor]:
+        """Whether the cache holds tokens already, and how many, virtual ones not counted.
+
+        A static cache counts on the device; its number is not read back.
+        """
+        if cache is None or not cache.is_initialized:
+            return False, 0
+        length = cache.get_seq_length()
+        if isinstance(length, Tensor) or length == 0:  # 0: reset, with its room kept
+            return isinstance(length, Tensor), length
+        return True, length - (self.config.pre_seq_len or 0)
+
+    def _prefixes(self, hidden: Tensor, started: bool) -> list[tuple[Tensor, Tensor] | None]:
+        """Keys and values of the virtual tokens for each layer, each (B, H, P, D)."""
+        if self.prefix_encoder is None or started:
+            return [None] * self.config.num_layers
+        both = self.prefix_encoder(hidden.shape[0], hidden.dtype)  # (2 * layers, B, H, P, D)
+        return list(zip(both[0::2], both[1::2], strict=True))
 
     def _check_length(self, length: int) -> None:
         longest = self.config.max_sequence_length
@@ -272,9 +279,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids = token_index(hidden[..., 0], attention_mask)
         return position_rows(position_ids, context_lengths, mask_positions)
 
-    def _mask(
-        self, attention_mask, context_lengths, num_queries, offset, cache, num_virtual
-    ) -> Tensor | None:
+    def _mask(self, attention_mask, context_lengths, num_queries, offset, cache) -> Tensor | None:
+        """(B, 1, T, P + S), True where a key may be seen; None where all may."""
+        num_virtual = self.config.pre_seq_len or 0
         fixed_size = isinstance(offset, Tensor) or (cache is not None and cache.is_compileable)
         num_keys = (
             offset + num_queries if not fixed_size else cache.get_mask_sizes(num_queries, 0)[0]

@@ -3,15 +3,18 @@
 A folder is saved aside and renamed, so that an interrupted save leaves the last good one.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
@@ -19,6 +22,8 @@ from .model import ChatGLMForConditionalGeneration
 from .tokenizer import VOCAB_FILE, ChatGLMTokenizer
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+SMALL_MODEL = 100_000_000
+"""Parameters below which saving shows no progress."""
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
@@ -202,11 +207,22 @@ def save_folder(
     """Weights as safetensors, config, tokenizer and settings.json; whole or not at all."""
     aside = f"{folder}.part"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    with _no_bar() if model.num_parameters() < SMALL_MODEL else contextlib.nullcontext():
+        model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     with open(os.path.join(aside, "settings.json"), "w", encoding="utf-8") as file:
         file.write(settings_json)
     replace_folder(aside, folder)
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers' bar for files written in a blink would break the training's own."""
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
 
 
 def replace_folder(new: str, folder: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,13 @@ def test_a_folder_without_tokenizer_config_loads(folder, tmp_path):
     (tmp_path / "bare" / "tokenizer_config.json").unlink()
     _, pieces = load_pretrained(str(tmp_path / "bare"), device="cpu")
     assert pieces.bos_token_id == 7
+
+
+def test_a_hub_name_comes_from_modelscope_where_its_package_is(monkeypatch, tmp_path):
+    asked = []
+    hub = types.ModuleType("modelscope")
+    hub.snapshot_download = lambda name: asked.append(name) or str(tmp_path)
+    monkeypatch.setitem(sys.modules, "modelscope", hub)
+    with pytest.raises(ToolkitError, match=r"missing config\.json"):
+        find_folder("THUDM/chatglm-6b")
+    assert asked == ["THUDM/chatglm-6b"]
