@@ -17,6 +17,8 @@ class InPlaceLayer(CacheLayerMixin):
     """One layer's keys and values, (B, H, capacity, D), the first `length` columns filled."""
 
     is_croppable = True
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, capacity: int = 0):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Literal
 
 import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -114,11 +115,13 @@ def build_trainer(
     )
 
 
-def lightning_precision(precision: str) -> str:
+def lightning_precision(precision: str) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
     """Lightning's name for ours; "auto" is bf16 where the GPU computes in it, else 32."""
     import torch
 
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if has_bf16 else "32"
-    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision]
+    if precision == "32":
+        return "32-true"
+    return "bf16-mixed" if precision == "bf16" else "16-mixed"

@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -43,6 +44,10 @@ def fit_prompt(
 
 class ChatMixin:
     """`chat` and `stream_chat` for a model that generates."""
+
+    config: Any
+    device: Any
+    generate: Any
 
     def chat(
         self,

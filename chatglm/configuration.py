@@ -68,7 +68,7 @@ class ChatGLMConfig(PreTrainedConfig):
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
         self.initializer_range = initializer_range
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]  # a dataclass only from the outside
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,

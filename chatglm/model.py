@@ -151,7 +151,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         super().__init__(config)
         config.check()
         if config.quantization_bit and config.quantization_embeddings:
-            self.word_embeddings = QuantizedEmbedding(
+            self.word_embeddings: nn.Module = QuantizedEmbedding(
                 config.vocab_size, config.hidden_size, config.quantization_bit
             )
         else:

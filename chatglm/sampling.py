@@ -76,7 +76,7 @@ def choose_tokens(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The next token of each row, (B,), from scores (B, V) and tokens_so_far (B, S)."""
-    processed = processors(tokens_so_far, guard_scores(scores.float()))
+    processed = processors(tokens_so_far, guard_scores(scores.float()))  # type: ignore[arg-type]
     if not sampling.do_sample:
         return processed.argmax(dim=-1)
     chances = torch.softmax(processed, dim=-1)

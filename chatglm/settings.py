@@ -91,13 +91,16 @@ class TrainSettings:
     @property
     def epochs(self) -> int:
         """max_epochs with its null filled in."""
-        return (20 if self.from_scratch else 3) if self.max_epochs is None else self.max_epochs
+        if self.max_epochs is not None:
+            return self.max_epochs
+        return 20 if self.from_scratch else 3
 
     @property
     def peak_learning_rate(self) -> float:
         """learning_rate with its null filled in."""
-        unset = self.learning_rate is None
-        return (3e-3 if self.from_scratch else 2e-5) if unset else self.learning_rate
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 3e-3 if self.from_scratch else 2e-5
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,9 @@ def _refuse_null(group: type, values: dict[str, Any]) -> None:
 
 def _files_first(arguments: list[str]) -> list[str]:
     """--config and its value before the flags, which then win wherever they stand."""
-    files, flags, rest = [], [], iter(arguments)
+    files: list[str] = []
+    flags: list[str] = []
+    rest = iter(arguments)
     for argument in rest:
         if argument == "--config":
             files += [argument, *[value for value in [next(rest, None)] if value is not None]]
@@ -214,7 +219,7 @@ def _refuse_unknown(keys: Any, known: list[str], where: str) -> None:
 
 
 def _check_arguments(arguments: list[str], known: list[str]) -> None:
-    flags = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
+    flags: list[str] = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
     _refuse_unknown(flags, [*known, "config", "help", "print_config"], "command line")
     for position, argument in enumerate(arguments):
         if argument.split("=")[0] != "--config":

@@ -130,7 +130,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Ids of a prompt ready for an answer: text, [gMASK], <sop>."""
         return self.build_inputs_with_special_tokens(self.encode_texts([text])[0])
 
-    def tokenize(self, text: str, **kwargs) -> list[str]:
+    def tokenize(self, text: str, **kwargs) -> list[str]:  # type: ignore[override]
         """Pieces of a text; nothing in it is taken for a control token."""
         return self.sp_model.encode(mark_whitespace(text), out_type=str)
 
@@ -144,7 +144,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Text of pieces."""
         return unmark_whitespace(self.sp_model.decode(tokens))
 
-    def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+    def _decode(  # type: ignore[override]
+        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs
+    ) -> str:
         """Text of ids. Control tokens have no text, whether skipped or not, as in the released
         tokenizer; neither have the embedding rows past the last piece."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids

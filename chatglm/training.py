@@ -51,7 +51,7 @@ class ChatGLMTraining(lightning.LightningModule):
         size = len(batch["input_ids"])
         self.log("train_loss", loss, prog_bar=True, batch_size=size)
         self.log("tokens_per_second", speed, prog_bar=True, batch_size=size)
-        self.log("learning_rate", self.lr_schedulers().get_last_lr()[0], batch_size=size)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=size)
         return loss
 
     def validation_step(self, batch, batch_index: int) -> None:

@@ -44,6 +44,9 @@ def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype
 class _QuantizedRows(nn.Module):
     """Rows of packed weights and their scales, under the released names."""
 
+    weight: Tensor
+    weight_scale: Tensor
+
     def __init__(self, rows: int, columns: int, bits: int):
         super().__init__()
         self.bits = bits
