@@ -65,8 +65,8 @@ def test_the_road_of_the_readme_ends_in_the_right_answers(tmp_path):
     outputs = {}
     for line in commands("README.md"):
         if not line.startswith(SET_UP):
-            command = line.replace(".venv/bin/python", shlex.quote(sys.executable))
-            command = command.replace("/tmp/", f"{tmp_path}/")
+            command = line.replace("/tmp/", f"{tmp_path}/")
+            command = command.replace(".venv/bin/python", shlex.quote(sys.executable))
             done = subprocess.run(
                 command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
             )
