@@ -39,7 +39,7 @@ class TrainSettings:
     max_seq_length: int = 1024
     """Longest sample in tokens, prompt and answer together."""
     max_epochs: int | None = None
-    """Passes over the data; null: 20 from scratch, 3 with weights."""
+    """Passes over the data; null: 24 from scratch, 3 with weights."""
     max_steps: int = -1
     """Optimizer steps at the most; -1: as many as the epochs take."""
     train_batch_size: int = 8
@@ -93,7 +93,7 @@ class TrainSettings:
         """max_epochs with its null filled in."""
         if self.max_epochs is not None:
             return self.max_epochs
-        return 20 if self.from_scratch else 3
+        return 24 if self.from_scratch else 3
 
     @property
     def peak_learning_rate(self) -> float:
