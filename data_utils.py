@@ -5,42 +5,101 @@ python data_utils.py --help         # every setting as a flag
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from chatglm import corpus, records, strategies
+from chatglm.command_line import parse_settings, run_script
 from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
 from chatglm.prompts import TEMPLATE_VERSION, build_prompt
-from chatglm.settings import DataSettings, TrainSettings, parse_settings, run_script
+from chatglm.settings import (
+    AdaLoraSettings,
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+)
 from chatglm.tokenizer import ChatGLMTokenizer
-from models import build_tokenizer
+from models import build_tokenizer, model_switches, read_config_file
 
 # What to train. An empty model_name_or_path trains a tiny ChatGLM from scratch in a minute; give
 # the folder of the real weights to fine-tune them. `python train.py --help` explains each line.
 train_info_args = {
     "model_name_or_path": "",
-    "config_name": "./config/config_tiny.json",
+    "config_name": None,
     "train_file": ["./data/finetune_train_examples.json"],
     "eval_file": ["./data/finetune_dev_examples.json"],
+    "mix_file": [],
+    "mix_ratio": 0.0,
     "output_dir": "./output",
     "save_dir": "./best_ckpt",
+    "save_every_steps": 500,
+    "resume": None,
     "max_seq_length": 1024,
     "max_epochs": None,
     "max_steps": -1,
     "train_batch_size": 8,
     "eval_batch_size": 8,
+    "eval_every_steps": None,
+    "early_stopping_patience": None,
     "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": None,
+    "optimizer": "adamw",
     "learning_rate": None,
     "scheduler_type": "linear",
+    "scheduler": {},
+    # "scheduler_type": "CAWR", "scheduler": {"T_mult": 1, "rewarm_epoch_num": 0.5},
+    # "scheduler_type": "CAL", "scheduler": {"rewarm_epoch_num": 2},
+    # "scheduler_type": "Step", "scheduler": {"decay_rate": 0.999, "decay_steps": 100},
     "warmup_steps": 20,
     "weight_decay": 0.0,
     "adam_epsilon": 1e-8,
     "optimizer_betas": (0.9, 0.999),
     "max_grad_norm": 1.0,
     "precision": "auto",
-    "devices": 1,
+    "trained_precision": "32",
+    "devices": None,
+    "rank_timeout_seconds": 60,
     "seed": 42,
+}
+
+# Train with DeepSpeed; ./config/deepspeed_offload.json is ZeRO-3 with the CPU's memory.
+enable_deepspeed = False
+deepspeed_config = "./config/deepspeed.json"
+
+# LoRA: with_lora switches it on. It, AdaLoRA, p-tuning and freezing (models.py) exclude each other.
+lora_info_args = {
+    "with_lora": False,
+    "r": 8,
+    "lora_alpha": 32,
+    "lora_dropout": 0.1,
+    "bias": "none",
+    "target_modules": ["query_key_value"],
+    "modules_to_save": [],
+    "use_rslora": False,
+    "use_dora": False,
+}
+
+# AdaLoRA: every matrix starts with rank init_r and ends with target_r on average.
+adalora_info_args = {
+    "with_lora": False,
+    "target_r": 8,
+    "init_r": 12,
+    "tinit": None,
+    "tfinal": None,
+    "deltaT": 1,
+    "beta1": 0.85,
+    "beta2": 0.85,
+    "orth_reg_weight": 0.5,
+    "total_step": None,
+    "lora_alpha": 32,
+    "lora_dropout": 0.1,
+    "bias": "none",
+    "target_modules": ["query_key_value"],
+    "modules_to_save": [],
 }
 
 # What happens to samples longer than max_seq_length.
@@ -49,19 +108,39 @@ data_conf = {
     "ensure_answer_min_length": 1,
 }
 
+_train = {
+    **train_info_args,
+    "enable_deepspeed": enable_deepspeed,
+    "deepspeed_config": deepspeed_config,
+}
 GROUPS = (
-    (TrainSettings, train_info_args, "train_info_args in data_utils.py"),
+    (TrainSettings, _train, "train_info_args in data_utils.py"),
     (DataSettings, data_conf, "data_conf in data_utils.py"),
+    (ModelSettings, model_switches, "the switches in models.py"),
+    (LoraSettings, lora_info_args, "lora_info_args in data_utils.py"),
+    (AdaLoraSettings, adalora_info_args, "adalora_info_args in data_utils.py"),
 )
+
+
+def read_settings(
+    argv: Sequence[str] | None, *extra: type, description: str
+) -> tuple[Settings, list[Any]]:
+    """The checked settings of the dicts, `--config` and the flags; and those of `extra` groups."""
+    groups = [*GROUPS, *((group, {}, group.__name__) for group in extra)]
+    parsed = parse_settings(groups, argv, description=description)
+    settings = Settings(*parsed[: len(GROUPS)])
+    name = settings.train.config_name
+    return settings.completed(read_config_file(name) if name else {}), parsed[len(GROUPS) :]
 
 
 class DataHelper:
     """Builds the tokenizer and the record files that the settings ask for."""
 
-    def __init__(self, train: TrainSettings, data: DataSettings):
-        self.train, self.data = train, data
+    def __init__(self, settings: Settings):
+        self.train, self.data = train, data = settings.train, settings.data
         self.files = {
             "train": corpus.expand_files(train.train_file),
+            "mix": corpus.expand_files(train.mix_file),
             "dev": corpus.expand_files(train.eval_file),
         }
         # The embedded tokenizer learns from the training text; one with weights needs none.
@@ -69,7 +148,7 @@ class DataHelper:
         texts = [text for rounds in paragraphs for one in rounds for text in one]
         self.tokenizer: ChatGLMTokenizer
         self.config: ChatGLMConfig
-        self.tokenizer, self.config = build_tokenizer(train, texts)
+        self.tokenizer, self.config = build_tokenizer(settings, texts)
         if data.ensure_answer_min_length + 3 >= train.max_seq_length:
             raise ToolkitError(
                 f"ensure_answer_min_length {data.ensure_answer_min_length} leaves no room for a"
@@ -77,7 +156,7 @@ class DataHelper:
             )
 
     def make_dataset_with_args(self, split: str) -> str | None:
-        """Path of the record file of "train" or "dev", built now if anything changed.
+        """Path of the record file of "train", "mix" or "dev", built now if anything changed.
 
         None when the split has no files.
         """
@@ -136,9 +215,9 @@ def _summary(counts: records.Counts) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the records."""
-    train, data = parse_settings(GROUPS, argv, description="Build training records.")
-    helper = DataHelper(train, data)
-    for split in ("train", "dev"):
+    settings, _ = read_settings(argv, description="Build training records.")
+    helper = DataHelper(settings)
+    for split in ("train", "mix", "dev"):
         helper.make_dataset_with_args(split)
 
 

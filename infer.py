@@ -7,19 +7,22 @@ python infer.py --model_name_or_path /path/to/chatglm-6b --query 你好
 import dataclasses
 from collections.abc import Sequence
 
-from chatglm.settings import ChatSettings, parse_settings, run_script
+from chatglm.command_line import run_script
+from chatglm.settings import ChatSettings
 from chatglm.terminal import converse
 from chatglm.weights import choose_device
-from data_utils import GROUPS, DataHelper
-from models import build_model, load_for_inference
+from data_utils import DataHelper, read_settings
+from models import build_model, load_for_inference, resolve_settings
 
 GIBBERISH_TOKENS = 40
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load what model_name_or_path names and talk."""
-    groups = [*GROUPS, (ChatSettings, {}, "ChatSettings")]
-    train, data, chat = parse_settings(groups, argv, description="Chat with pretrained weights.")
+    settings, (chat,) = read_settings(
+        argv, ChatSettings, description="Chat with pretrained weights."
+    )
+    train = settings.train
     if train.from_scratch:
         print(
             "model_name_or_path is empty: a tiny ChatGLM with random weights answers, in gibberish"
@@ -28,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if chat.max_new_tokens is None:
             chat = dataclasses.replace(chat, max_new_tokens=GIBBERISH_TOKENS)
-        helper = DataHelper(train, data)
-        model = build_model(train, helper.config).eval().to(choose_device(chat.device))
+        helper = DataHelper(settings)
+        settings = resolve_settings(settings, helper.config)
+        model = build_model(settings, helper.config, total_steps=1)
+        model = model.eval().to(choose_device(chat.device))
         tokenizer = helper.tokenizer
     else:
         model, tokenizer = load_for_inference(

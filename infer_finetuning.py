@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chatglm.command_line import parse_settings, run_script
 from chatglm.errors import ToolkitError
-from chatglm.settings import ChatSettings, parse_settings, run_script
+from chatglm.settings import ChatSettings
 from chatglm.terminal import converse
 from models import load_for_inference
 

@@ -1,52 +1,118 @@
 """Fine-tune ChatGLM-6B, or train the embedded tiny one.
 
-python train.py                     # data_utils.py holds the settings; --help lists the flags
+python train.py                     # data_utils.py and models.py hold the settings
+python train.py --help              # every setting as a flag
 """
 
+import functools
+import json
+import os
 from collections.abc import Sequence
 
-import lightning
+import torch
 
-from chatglm.batches import build_loader
-from chatglm.callbacks import build_trainer
+from chatglm.callbacks import LossCurve, Rehearsal, SaveResume, SaveTrained, find_resume
+from chatglm.checkpoints import check_saved, save_trained
+from chatglm.command_line import run_script
+from chatglm.errors import ToolkitError
+from chatglm.estimates import checkpoint_bytes, estimate_memory
+from chatglm.guards import check_disk, out_of_memory_advice
+from chatglm.optim import schedule_options, warmup_steps
 from chatglm.records import RecordFile
-from chatglm.settings import parse_settings, run_script, settings_as_json
-from chatglm.training import ChatGLMTraining
-from chatglm.weights import save_folder
-from data_utils import GROUPS, DataHelper
-from models import build_model
+from chatglm.settings import Settings
+from chatglm.trainer import build_trainer
+from chatglm.training import ChatGLMTraining, TrainingData
+from chatglm.tuning.adapters import adapter_ranks
+from chatglm.tuning.apply import parameter_table
+from chatglm.weights import DTYPES
+from data_utils import DataHelper, read_settings
+from models import build_model, resolve_settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings, records, model, fit."""
-    train, data = parse_settings(GROUPS, argv, description="Train ChatGLM.")
-    lightning.seed_everything(train.seed, verbose=False)
-    helper = DataHelper(train, data)
-    paths = {split: helper.make_dataset_with_args(split) for split in ("train", "dev")}
-    loaders = [
-        build_loader(
-            RecordFile(path),
-            batch_size=train.train_batch_size if split == "train" else train.eval_batch_size,
-            pad_token_id=helper.config.pad_token_id,
-            shuffle_seed=train.seed if split == "train" else None,
-        )
-        for split, path in paths.items()
-        if path is not None
+    settings, _ = read_settings(argv, description="Train ChatGLM.")
+    schedule_options(settings.train)
+    helper = DataHelper(settings)
+    settings = resolve_settings(settings, helper.config)
+    splits = ("train", "mix", "dev")
+    paths = [helper.make_dataset_with_args(split) for split in splits]
+    records = {s: RecordFile(path) for s, path in zip(splits, paths, strict=True) if path}
+    data = TrainingData(records, pad_token_id=helper.config.pad_token_id)
+    steps = data.total_steps(settings)
+    model = build_model(settings, helper.config, total_steps=steps)
+    os.makedirs(settings.train.save_dir, exist_ok=True)
+    report_before(settings, model, helper.config, data, steps=steps)
+    state = find_resume(settings, data.digest())
+    batch = data.longest_batch(settings)
+    save = functools.partial(save_and_check, model, settings, helper.tokenizer, batch)
+    callbacks = [
+        Rehearsal(batch),
+        LossCurve(os.path.join(settings.train.save_dir, "loss_curve.png")),
+        SaveTrained(settings.train.save_dir, save, has_dev_set="dev" in records),
+        SaveResume(settings, data.digest()),
     ]
-    model = build_model(train, helper.config)
+    trainer = build_trainer(settings, callbacks, has_dev_set="dev" in records)
+    fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
+    report_after(settings, model)
+
+
+def fit(trainer, module, settings: Settings, state: str | None) -> None:
+    """Train; a full memory ends with what to change."""
+    try:
+        trainer.fit(module, ckpt_path=state, weights_only=False)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ToolkitError(f"{reason} {out_of_memory_advice(settings)}") from None
+
+
+def save_and_check(model, settings: Settings, tokenizer, batch, folder: str) -> None:
+    """Write what was trained and read it back."""
+    dtype = DTYPES[settings.train.precision]
+    save_trained(model, settings, folder, tokenizer=tokenizer, dtype=dtype)
+    device = next(model.parameters()).device
+    rows = {
+        name: tensor[:2].to(device) if tensor.dim() else tensor for name, tensor in batch.items()
+    }
+    check_saved(model, settings, folder, rows)
+
+
+def report_before(settings: Settings, model, config, data: TrainingData, *, steps: int) -> None:
+    """What will be trained, and whether disk and memory suffice."""
+    train = settings.train
+    table = parameter_table(model)
+    print(table)
+    with open(os.path.join(train.save_dir, "parameters.txt"), "w", encoding="utf-8") as file:
+        file.write(f"{table}\n")
+    check_disk(train.save_dir, checkpoint_bytes(model, settings))
+    shape = data.longest_batch(settings)["input_ids"].shape
+    estimate = estimate_memory(model, config, settings, num_tokens=shape[0] * shape[1])
+    has = ""
+    if torch.cuda.is_available():
+        has = f" of {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}"
+    print(f"memory for the longest batch, about {estimate}{has}")
     print(
-        f"training for {train.epochs} epochs of {len(loaders[0])} batches, learning rate"
-        f" {train.peak_learning_rate:g}, precision {train.precision}"
+        f"training ({settings.method}) for {train.max_epochs} epochs, {steps} steps, learning rate"
+        f" {train.learning_rate:g} ({train.optimizer}, {train.scheduler_type}), precision"
+        f" {train.precision}"
     )
-    settings_json = settings_as_json(train, data)
-    trainer = build_trainer(
-        train,
-        lambda folder: save_folder(model, helper.tokenizer, settings_json, folder),
-        has_dev_set=len(loaders) == 2,
-    )
-    trainer.fit(ChatGLMTraining(model, train), *loaders)
+    given = warmup_steps(train, steps)
+    if given < train.warmup_steps:
+        print(f"warmup_steps {train.warmup_steps} is more than a tenth of the steps: {given}")
+
+
+def report_after(settings: Settings, model) -> None:
+    """Where the result is, and how to talk to it."""
+    train = settings.train
+    ranks = adapter_ranks(model)
+    if ranks:
+        with open(os.path.join(train.save_dir, "ranks.json"), "w", encoding="utf-8") as file:
+            json.dump(ranks, file, indent=2)
+        for name, rank in ranks.items():
+            print(f"rank {rank:3}  {name}")
+    script = "infer_lora_finetuning.py" if "lora" in settings.method else "infer_finetuning.py"
     print(f"saved {train.save_dir}/best and {train.save_dir}/last")
-    print("talk to it with: python infer_finetuning.py")
+    print(f"talk to it with: python {script} --checkpoint {train.save_dir}/last")
 
 
 if __name__ == "__main__":

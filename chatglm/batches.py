@@ -1,67 +1,155 @@
-"""Samples as padded batches for training.
+"""Samples as padded batches, in an order that the seed and the epoch alone decide.
 
+Nothing is drawn while batches are made, so a run that was cut off goes on with the batch it would
+have had; and the samples of an optimizer step are the same for any number of processes.
 Pads stand on the right: what stands after <eop> is never seen by a real token, so no padding mask
 is needed.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .loss import IGNORE
 from .records import RecordFile
+from .strategies import Sample
+
+FILLER = -1
+"""Stands for a sample when a process has none left in the last batch of an epoch."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of a batch; `tokens_per_batch` is what the batch's summed loss is divided by."""
+
+    index: int
+    tokens_per_batch: float
+
+
+class BatchPlan(Sampler[list[Item]]):
+    """The batches of one process (`rank` of `world_size`) in an epoch.
+
+    learned: for every sample of the training set, then of the mixed-in one, its learned tokens.
+    num_mixed: how many samples at the end of `learned` are mixed in; an epoch has all others, and
+    of these a fresh draw, so that they are `mix_ratio` of it.
+
+    A loss summed over an optimizer step (`accumulate` batches of every process) and divided by all
+    its learned tokens is the same however the step is cut into batches; so tokens_per_batch is
+    those tokens over the number of batches, since the gradients of the batches are averaged.
+    """
+
+    def __init__(
+        self,
+        learned: np.ndarray,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_seed: int | None = None,
+        num_mixed: int = 0,
+        mix_ratio: float = 0.0,
+    ):
+        self.learned, self.num_own = learned, len(learned) - num_mixed
+        self.num_mixed, self.batch_size, self.accumulate = num_mixed, batch_size, accumulate
+        self.rank, self.world_size, self.shuffle_seed = rank, world_size, shuffle_seed
+        self.num_drawn = round(self.num_own * mix_ratio / (1 - mix_ratio)) if num_mixed else 0
+        self.epoch, self.start_batch = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        together = self.batch_size * self.world_size
+        return -(-(self.num_own + self.num_drawn) // together)
+
+    def order(self) -> np.ndarray:
+        """The sample indices of this epoch."""
+        own = np.arange(self.num_own)
+        if self.shuffle_seed is None:
+            return own
+        generator = np.random.default_rng((self.shuffle_seed, self.epoch))
+        drawn = generator.choice(
+            self.num_mixed, self.num_drawn, replace=self.num_drawn > self.num_mixed
+        ) if self.num_drawn else np.empty(0, dtype=own.dtype)  # fmt: skip
+        return generator.permutation(np.concatenate([own, drawn + self.num_own]))
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        order, together = self.order(), self.batch_size * self.world_size
+        start, self.start_batch = self.start_batch, 0  # the next epoch starts at its beginning
+        for number in range(start, len(self)):
+            first = number - number % self.accumulate
+            step = order[first * together : (first + self.accumulate) * together]
+            tokens = self.learned[step].sum() / (self.accumulate * self.world_size)
+            batch = order[number * together : (number + 1) * together]
+            own = np.array_split(batch, self.world_size)[self.rank].tolist()
+            yield [Item(index, float(tokens)) for index in own or [FILLER]]
 
 
 class SampleDataset(Dataset):
-    """Indexed samples of a record file."""
+    """The samples that a plan names, out of one record file or of two, one after the other."""
 
-    def __init__(self, records: RecordFile):
+    def __init__(self, *records: RecordFile):
         self.records = records
 
-    def __len__(self) -> int:
-        return len(self.records)
+    def __getitem__(self, items: list[Item]):
+        return [(item, self._sample(max(item.index, 0))) for item in items]
 
-    def __getitem__(self, index: int):
-        return index, self.records[index]
+    def _sample(self, index: int) -> Sample:
+        for records in self.records:
+            if index < len(records):
+                return records[index]
+            index -= len(records)
+        raise IndexError(index)
 
 
 def collate(items, *, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch of (index, sample).
+    """A batch of (item, sample).
 
     input_ids and labels (B, T): -100 up to and including <sop>, and on pads. context_lengths and
-    mask_positions (B,): the [gMASK] is the last context token. sample_index (B,). num_tokens (),
-    pads not counted.
+    mask_positions (B,): the [gMASK] is the last context token. sample_index (B,). num_tokens and
+    learned_tokens (), pads not counted. num_items_in_batch (): see BatchPlan.
     """
     longest = max(len(sample.input_ids) for _, sample in items)
     input_ids = torch.full((len(items), longest), pad_token_id, dtype=torch.long)
     labels = torch.full_like(input_ids, IGNORE)
-    for row, (_, sample) in enumerate(items):
+    for row, (item, sample) in enumerate(items):
         ids = torch.tensor(sample.input_ids)
         input_ids[row, : len(ids)] = ids
         learned_from = sample.context_length + 1
-        labels[row, learned_from : len(ids)] = ids[learned_from:]
+        if item.index != FILLER:
+            labels[row, learned_from : len(ids)] = ids[learned_from:]
     context_lengths = torch.tensor([sample.context_length for _, sample in items])
     return {
         "input_ids": input_ids,
         "labels": labels,
         "context_lengths": context_lengths,
         "mask_positions": context_lengths - 1,
-        "sample_index": torch.tensor([index for index, _ in items]),
+        "sample_index": torch.tensor([item.index for item, _ in items]),
         "num_tokens": torch.tensor(sum(len(sample.input_ids) for _, sample in items)),
+        "learned_tokens": (labels != IGNORE).sum(),
+        "num_items_in_batch": torch.tensor(items[0][0].tokens_per_batch),
     }
 
 
-def build_loader(
-    records: RecordFile, *, batch_size: int, pad_token_id: int, shuffle_seed: int | None
-) -> DataLoader:
-    """Batches in random order from a seed, or in file order when it is None."""
-    generator = None
-    if shuffle_seed is not None:
-        generator = torch.Generator().manual_seed(shuffle_seed)
+def build_loader(dataset: SampleDataset, plan: BatchPlan, *, pad_token_id: int) -> DataLoader:
+    """The plan's batches."""
     return DataLoader(
-        SampleDataset(records),
-        batch_size=batch_size,
-        shuffle=shuffle_seed is not None,
-        generator=generator,
+        dataset,
+        batch_size=None,  # the plan gives whole batches
+        sampler=plan,
         collate_fn=lambda items: collate(items, pad_token_id=pad_token_id),
     )
+
+
+def longest_batch(
+    dataset: SampleDataset, tokens: np.ndarray, *, batch_size: int, pad_token_id: int
+) -> dict[str, Tensor]:
+    """The batch that takes the most memory: the `batch_size` longest samples."""
+    longest = np.argsort(-tokens, kind="stable")[:batch_size].tolist()
+    return collate(dataset[[Item(index, 1.0) for index in longest]], pad_token_id=pad_token_id)

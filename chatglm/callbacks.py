@@ -1,44 +1,204 @@
-"""What happens beside the steps: saving the best and the last weights, drawing the loss."""
+"""What happens beside the steps: the rehearsal, saving, resuming, and drawing the loss."""
 
+import contextlib
+import json
+import math
 import os
-from collections.abc import Callable
-from typing import Literal
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import TQDMProgressBar
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError
+from torch import Tensor
 
-from .settings import TrainSettings
+from .errors import ToolkitError
+from .guards import check_gradients
+from .settings import Settings
+from .weights import recover_folder, replace_folder
+
+STATE_FILE = "state.ckpt"
+RUN_FILE = "run.json"
 
 
-class SaveBestAndLast(lightning.Callback):
-    """After each epoch writes last/, and best/ when the dev loss (else the train loss) fell."""
+class Rehearsal(lightning.Callback):
+    """Before the first step, a forward and backward pass over the longest batch.
 
-    def __init__(self, folder: str, save: Callable[[str], None]):
-        self.folder, self.save = folder, save
-        self.best = float("inf")
+    What would run out of memory in the middle of an epoch does so now. Nothing is drawn or changed:
+    the gradients are thrown away, and every step seeds its own draws.
+    """
+
+    def __init__(self, batch: dict[str, Tensor]):
+        self.batch = batch
+
+    def on_train_start(self, trainer, module) -> None:
+        """Run it; print the peak of the card's memory."""
+        batch = {name: tensor.to(module.device) for name, tensor in self.batch.items()}
+        trained = {n: p for n, p in module.model.named_parameters() if p.requires_grad}
+        with trainer.precision_plugin.forward_context():
+            loss = module(batch)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        check_gradients(zip(trained, gradients, strict=True))
+        del loss, gradients
+        if trainer.is_global_zero and module.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(module.device) / 2**30
+            total = torch.cuda.get_device_properties(module.device).total_memory / 2**30
+            tokens = self.batch["input_ids"].shape
+            print(f"rehearsal on the longest batch, {tokens[0]} x {tokens[1]} tokens: peak"
+                  f" {peak:.2f} GiB of {total:.1f}, the optimizer's state not counted")  # fmt: skip
+        self.batch = {}
+
+
+class SaveTrained(lightning.Callback):
+    """Writes last/ after each epoch and at the end, and best/ whenever the dev loss fell.
+
+    Without a dev set, best/ is by the train loss of an epoch. `save` writes and checks a folder.
+    """
+
+    def __init__(self, folder: str, save: Callable[[str], None], *, has_dev_set: bool):
+        self.folder, self.save, self.has_dev_set = folder, save, has_dev_set
+        self.best, self.dev_step = float("inf"), -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """For resuming."""
+        return {"best": self.best, "dev_step": self.dev_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """On resuming."""
+        self.best, self.dev_step = state_dict["best"], state_dict["dev_step"]
+
+    def on_validation_end(self, trainer, module) -> None:
+        """A new dev loss."""
+        self.dev_step = trainer.global_step
+        self._keep_best(trainer, float(trainer.callback_metrics["dev_loss"]))
 
     def on_train_epoch_end(self, trainer, module) -> None:
         """Lightning runs the dev set before this."""
-        if not trainer.is_global_zero:
-            return
-        metrics = trainer.callback_metrics
-        loss = float(metrics.get("dev_loss", metrics["train_loss"]))
-        if loss < self.best:
-            self.best = loss
-            self.save(os.path.join(self.folder, "best"))
-        if trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop:
-            return
-        self.save(os.path.join(self.folder, "last"))
+        if not self.has_dev_set:
+            self._keep_best(trainer, float(trainer.callback_metrics["train_loss"]))
+        if trainer.current_epoch + 1 < trainer.max_epochs and not trainer.should_stop:
+            self._save(trainer, "last")
 
     def on_train_end(self, trainer, module) -> None:
         """The final weights."""
-        if trainer.is_global_zero:
-            self.save(os.path.join(self.folder, "last"))
+        self._save(trainer, "last")
 
     def on_exception(self, trainer, module, exception) -> None:
         """Ctrl-C keeps what was learned; after any other error the last good weights stay."""
-        if isinstance(exception, KeyboardInterrupt):
-            self.on_train_end(trainer, module)
+        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:
+            self._save(trainer, "last")
+
+    def _keep_best(self, trainer, loss: float) -> None:
+        if loss < self.best:
+            self.best = loss
+            self._save(trainer, "best")
+
+    def _save(self, trainer, name: str) -> None:
+        if trainer.is_global_zero:
+            with writing(os.path.join(self.folder, name)):
+                self.save(os.path.join(self.folder, name))
+
+
+@contextlib.contextmanager
+def writing(folder: str) -> Iterator[None]:
+    """Around a save: a full disk or a failed write is one line, and the older folder stands."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(f"{folder}.part", ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise ToolkitError(
+            f"{folder}: could not be written ({reason}); what was saved before stands. Make room,"
+            " then the same command goes on"
+        ) from error
+
+
+class SaveResume(lightning.Callback):
+    """Writes resume/, from which a run that was cut off goes on; removes it at the end.
+
+    After every epoch and every `save_every_steps` steps: trained parameters, optimizer, schedule,
+    position in the data and counts of the other callbacks.
+    """
+
+    def __init__(self, settings: Settings, data_digest: str):
+        self.folder, self.every = resume_folder(settings), settings.train.save_every_steps
+        self.run = {"settings": settings.as_dict(), "data": data_digest}
+        self.saved_step = -1
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        """Between epochs; a step that a dev run follows is saved after that."""
+        step = trainer.global_step
+        at_step = self.every and step and step % self.every == 0 and step != self.saved_step
+        loop = trainer.fit_loop.epoch_loop
+        if at_step and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        """The epoch is whole."""
+        self._save(trainer)
+
+    def _save(self, trainer) -> None:
+        self.saved_step = trainer.global_step
+        aside = f"{self.folder}.part"
+        if trainer.is_global_zero:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(aside)
+        trainer.strategy.barrier()
+        with writing(self.folder):
+            trainer.save_checkpoint(os.path.join(aside, STATE_FILE))
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            with open(os.path.join(aside, RUN_FILE), "w", encoding="utf-8") as file:
+                json.dump(self.run, file, ensure_ascii=False, indent=2)
+            replace_folder(aside, self.folder)
+
+    def on_train_end(self, trainer, module) -> None:
+        """The trained weights are saved; nothing is left to go on with."""
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes straight into the file; Lightning's own builds it in memory first."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """The file stands aside until it is whole."""
+        torch.save(checkpoint, path)
+
+
+def resume_folder(settings: Settings) -> str:
+    """Where a run keeps what it needs to go on."""
+    return os.path.join(settings.train.save_dir, "resume")
+
+
+def find_resume(settings: Settings, data_digest: str) -> str | None:
+    """Path of the state to go on from, or None to start anew; says which.
+
+    Raises:
+        ToolkitError: if it is of a run with other settings or data, or `resume` is true and there
+            is none.
+    """
+    folder = resume_folder(settings)
+    recover_folder(folder)
+    path = os.path.join(folder, STATE_FILE)
+    if settings.train.resume is False or not os.path.exists(path):
+        if settings.train.resume:
+            raise ToolkitError(f"--resume: {folder} does not exist; leave resume out to start anew")
+        return None
+    with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
+        run = json.load(file)
+    differing = settings.differing(run["settings"])
+    if run["data"] != data_digest:
+        differing.append("the data")
+    if differing:
+        raise ToolkitError(
+            f"{folder} holds an unfinished run with another {', '.join(differing)}: give that back"
+            " to go on, or another save_dir, or --resume false to drop it and start anew"
+        )
+    print(f"{folder}: going on with the unfinished run")
+    return path
 
 
 class LossCurve(lightning.Callback):
@@ -49,21 +209,31 @@ class LossCurve(lightning.Callback):
         self.train: list[tuple[int, float]] = []
         self.dev: list[tuple[int, float]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """For resuming."""
+        return {"train": self.train, "dev": self.dev}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """On resuming."""
+        self.train, self.dev = list(state_dict["train"]), list(state_dict["dev"])
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Remember the loss of this step."""
-        # Lightning has divided the loss by the number of accumulated batches.
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self.train.append((trainer.global_step, loss))
+        self.train.append((trainer.global_step, float(trainer.callback_metrics["train_loss"])))
+
+    def on_validation_end(self, trainer, module) -> None:
+        """Remember the dev loss."""
+        self.dev.append((trainer.global_step, float(trainer.callback_metrics["dev_loss"])))
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        """Remember the dev loss; print a line; draw."""
+        """Print a line; draw."""
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
         line = f"epoch {trainer.current_epoch + 1}: train loss {float(metrics['train_loss']):.4f}"
-        if "dev_loss" in metrics:
-            self.dev.append((trainer.global_step, float(metrics["dev_loss"])))
-            line += f", dev loss {self.dev[-1][1]:.4f}"
+        if self.dev:
+            loss = self.dev[-1][1]
+            line += f", dev loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
         print(line)
         self.draw()
 
@@ -85,43 +255,3 @@ class LossCurve(lightning.Callback):
         figure.savefig(aside, format="png", dpi=100)
         pyplot.close(figure)
         os.replace(aside, self.path)
-
-
-def build_trainer(
-    settings: TrainSettings, save: Callable[[str], None], *, has_dev_set: bool
-) -> lightning.Trainer:
-    """The Lightning Trainer for these settings."""
-    os.makedirs(settings.save_dir, exist_ok=True)
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    return lightning.Trainer(
-        max_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        devices=settings.devices,
-        precision=lightning_precision(settings.precision),
-        accumulate_grad_batches=settings.gradient_accumulation_steps,
-        gradient_clip_val=settings.max_grad_norm or None,
-        limit_val_batches=1.0 if has_dev_set else 0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        log_every_n_steps=5,
-        logger=TensorBoardLogger(settings.save_dir, name="events", version=""),
-        callbacks=[
-            SaveBestAndLast(settings.save_dir, save),
-            LossCurve(os.path.join(settings.save_dir, "loss_curve.png")),
-            TQDMProgressBar(),
-        ],
-    )
-
-
-def lightning_precision(precision: str) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
-    """Lightning's name for ours; "auto" is bf16 where the GPU computes in it, else 32."""
-    import torch
-
-    if precision == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if has_bf16 else "32"
-    if precision == "32":
-        return "32-true"
-    return "bf16-mixed" if precision == "bf16" else "16-mixed"

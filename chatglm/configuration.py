@@ -26,6 +26,8 @@ class ChatGLMConfig(PreTrainedConfig):
         "max_position_embeddings": "max_sequence_length",
         "intermediate_size": "inner_hidden_size",
     }
+    SHAPE = (*_SIZES, "layernorm_epsilon", "position_encoding_2d")
+    """Keys that the weights decide."""
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(

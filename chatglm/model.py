@@ -36,7 +36,7 @@ from .cache import KVCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
-from .loss import next_token_loss
+from .loss import chunked_loss, next_token_loss
 from .positions import (
     allowed_keys,
     find_context,
@@ -60,6 +60,17 @@ def build_linear(config: ChatGLMConfig, in_features: int, out_features: int) -> 
     if config.quantization_bit:
         return QuantizedLinear(in_features, out_features, config.quantization_bit)
     return nn.Linear(in_features, out_features)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Gives back the dtype it was given: autocast reckons norms in fp32 and would leave it so.
+
+    A half-precision stream then stays one, at half the memory of its activations.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(.., C) to (.., C)."""
+        return super().forward(hidden).to(hidden.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -111,9 +122,9 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         super().__init__()
         self.alpha = (2 * config.num_layers) ** 0.5
         width, eps = config.hidden_size, config.layernorm_epsilon
-        self.input_layernorm = nn.LayerNorm(width, eps=eps)
+        self.input_layernorm = LayerNorm(width, eps=eps)
         self.attention = SelfAttention(config, layer_index)
-        self.post_attention_layernorm = nn.LayerNorm(width, eps=eps)
+        self.post_attention_layernorm = LayerNorm(width, eps=eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -157,7 +168,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         else:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ChatGLMBlock(config, i) for i in range(config.num_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -346,6 +357,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
         context_lengths: Tensor | None = None,
         mask_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        loss_only: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean loss if labels are given.
@@ -356,7 +369,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
         mask_positions (B,): see positions.find_context; searched in input_ids if not given.
         labels (B, T), unshifted, -100 where nothing is learned. logits_to_keep: only the last so
         many positions, 0 for all. hidden_states: what enters each block, then the final norm's
-        output.
+        output. loss_only: the loss in little memory, without logits (loss.chunked_loss).
+        num_items_in_batch: what the summed loss is divided by; None: its learned tokens.
 
         Raises:
             ToolkitError: past max_sequence_length, or continuing from a cache without positions.
@@ -373,9 +387,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
             output_hidden_states=output_hidden_states,
         )
         hidden = outputs.last_hidden_state
+        if loss_only:
+            loss = chunked_loss(hidden, labels, self.lm_head, num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return CausalLMOutputWithPast(
-            loss=next_token_loss(logits, labels) if labels is not None else None,
+            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -146,3 +146,9 @@ class RecordFile:
             ) from None
         values = np.frombuffer(content, dtype="<i4")
         return Sample(input_ids=values[1:].tolist(), context_length=int(values[0]))
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every sample, and how many of them are learned; two int64 arrays."""
+        tokens = np.array([len(self[index].input_ids) for index in range(len(self))])
+        contexts = np.array([self[index].context_length for index in range(len(self))])
+        return tokens, tokens - contexts - 1

@@ -1,23 +1,47 @@
-"""Every setting, typed, with a line of help; and the order in which they are read.
+"""Every setting, typed, with a line of help; and which of them exclude each other.
 
-Later wins: the defaults here < the dicts in data_utils.py and models.py < `--config FILE` < flags.
-A key is spelled the same in all of them and in the settings.json that a run saves.
-jsonargparse does the reading; unknown names are refused with the nearest known one.
+`train_info_args`, `data_conf`, `lora_info_args` and `adalora_info_args` in data_utils.py and the
+switches in models.py are the edited values of these classes; command_line.py reads them.
 """
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
-
-import jsonargparse
-import yaml
+from typing import Any, ClassVar, Literal
 
 from .errors import ToolkitError, nearest
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+EMBEDDED_CONFIG = "./config/config_tiny.json"
+"""Shape of the model that is trained from scratch when no weights are named."""
+
+Optimizer = Literal[
+    "adamw", "adamw_torch", "adamw_hf", "adam", "adafactor", "lamb", "lion",
+    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "lion_8bit", "paged_lion_8bit", "paged_lion_32bit",
+]  # fmt: skip
+Schedule = Literal[
+    "linear", "WarmupCosine", "cosine", "constant", "CAWR", "CAL", "Step", "ReduceLROnPlateau",
+]  # fmt: skip
+Method = Literal["full", "freeze", "ptuning", "lora", "adalora"]
+
+DEFAULT_LEARNING_RATES: dict[Method, float] = {
+    "full": 2e-5,
+    "freeze": 2e-5,
+    "ptuning": 2e-2,
+    "lora": 2e-4,
+    "adalora": 1e-3,
+}
+"""Peak rates for tuning given weights; those of the LoRA paper's kind and THUDM's p-tuning."""
+FROM_SCRATCH_LEARNING_RATE = 3e-3
+WITHOUT_EFFECT_ON_THE_RESULT = (
+    "output_dir",
+    "save_dir",
+    "resume",
+    "save_every_steps",
+    "rank_timeout_seconds",
+)
+LARGE_MODEL = 1_000_000_000
+"""Parameters from which gradient checkpointing is on unless it is set."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +50,26 @@ class TrainSettings:
 
     model_name_or_path: str = ""
     """Folder or hub name of the weights; empty: a tiny model, trained from scratch."""
-    config_name: str = "./config/config_tiny.json"
-    """Shape of the model when model_name_or_path is empty."""
+    config_name: str | None = None
+    """Shape of the model without weights (null: the tiny one); with weights, a file that adds
+    pre_seq_len, prefix_projection, quantization_bit or precision, such as config_ptv2.json."""
     train_file: list[str] = field(default_factory=lambda: ["./data/finetune_train_examples.json"])
     """JSON-lines files of question/answer paragraphs to learn."""
     eval_file: list[str] = field(default_factory=lambda: ["./data/finetune_dev_examples.json"])
     """Files for the dev loss; an empty list turns it off."""
+    mix_file: list[str] = field(default_factory=list)
+    """Files of general data mixed into every epoch, against forgetting."""
+    mix_ratio: float = 0.0
+    """Share of the samples of an epoch that is drawn from mix_file, 0 up to below 1."""
     output_dir: str = "./output"
     """Folder of the built records and of the embedded model's tokenizer."""
     save_dir: str = "./best_ckpt"
-    """Folder of the trained weights: best/ by dev loss, and last/."""
+    """Folder of what is trained: best/ by dev loss, last/, and resume.ckpt while it runs."""
+    save_every_steps: int = 500
+    """Optimizer steps between writing resume.ckpt, beside once an epoch; 0: only then."""
+    resume: bool | None = None
+    """Go on from resume.ckpt in save_dir; null: if there is one, true: it must be there, false:
+    start anew."""
     max_seq_length: int = 1024
     """Longest sample in tokens, prompt and answer together."""
     max_epochs: int | None = None
@@ -45,35 +79,58 @@ class TrainSettings:
     train_batch_size: int = 8
     """Samples a step and device."""
     eval_batch_size: int = 8
-    """Samples a dev step."""
+    """Samples a dev step and device."""
+    eval_every_steps: int | None = None
+    """Optimizer steps between dev losses; null: once an epoch."""
+    early_stopping_patience: int | None = None
+    """Stop after so many dev losses without a new lowest; null: never."""
     gradient_accumulation_steps: int = 1
     """Batches summed before an optimizer step."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: a third slower, a fraction of the memory; null:
+    for models above a billion parameters."""
+    optimizer: Optimizer = "adamw"
+    """Of torch, pytorch_optimizer (lamb, lion) or bitsandbytes (8-bit, and paged on a GPU)."""
     learning_rate: float | None = None
-    """Peak learning rate; null: 3e-3 from scratch, 2e-5 with weights."""
-    scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Peak learning rate; null: 3e-3 from scratch, with weights 2e-5 (full, freeze), 2e-4 (LoRA),
+    1e-3 (AdaLoRA), 2e-2 (p-tuning)."""
+    scheduler_type: Schedule = "linear"
     """Course of the learning rate after the warm-up."""
+    scheduler: dict[str, float] = field(default_factory=dict)
+    """Options of CAWR (T_mult, rewarm_epoch_num, eta_min), CAL (rewarm_epoch_num, eta_min), Step
+    (decay_rate, decay_steps) and ReduceLROnPlateau (factor, patience)."""
     warmup_steps: int = 20
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """AdamW decay; never on biases and norms."""
+    """Decay of matrices; never of biases and norms."""
     adam_epsilon: float = 1e-8
-    """AdamW epsilon."""
+    """Epsilon of the Adam kind."""
     optimizer_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW betas."""
+    """Betas of the Adam kind and of lion."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; 0: never."""
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
-    """Arithmetic of training; auto: bf16 where the GPU has it, else 32."""
-    devices: int = 1
-    """GPUs (or CPU processes) to train on."""
+    """Arithmetic of training; auto: what config.json names, else bf16 where the GPU has it, else
+    32."""
+    trained_precision: Literal["32", "bf16"] = "32"
+    """Of the trained weights themselves; bf16 halves their memory and loses small updates."""
+    devices: int | None = None
+    """GPUs (or CPU processes) of this machine to train on; null: all GPUs, or one CPU process."""
+    rank_timeout_seconds: int = 60
+    """A rank silent for so long stops the others, which name it."""
+    enable_deepspeed: bool = False
+    """Train with DeepSpeed."""
+    deepspeed_config: str = "./config/deepspeed.json"
+    """Its settings; deepspeed_offload.json beside it is ZeRO-3 with the CPU's memory."""
     seed: int = 42
     """Of weights, order and dropout."""
 
     def __post_init__(self):
         _at_least(self, 1, "max_seq_length", "train_batch_size", "eval_batch_size", "devices")
-        _at_least(self, 1, "gradient_accumulation_steps", "max_epochs")
+        _at_least(self, 1, "gradient_accumulation_steps", "max_epochs", "eval_every_steps")
+        _at_least(self, 1, "early_stopping_patience", "rank_timeout_seconds")
         _at_least(self, 0, "warmup_steps", "weight_decay", "learning_rate", "max_grad_norm")
-        _at_least(self, 0, "seed", "adam_epsilon")
+        _at_least(self, 0, "seed", "adam_epsilon", "save_every_steps", "mix_ratio")
         if self.seed >= 2**32:
             raise ToolkitError(f"seed {self.seed}: allowed is 0 to {2**32 - 1}")
         if not all(0 <= beta < 1 for beta in self.optimizer_betas):
@@ -82,25 +139,22 @@ class TrainSettings:
             raise ToolkitError("train_file is empty: name at least one file")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ToolkitError(f"max_steps {self.max_steps}: allowed is -1 (off) or at least 1")
+        if self.mix_ratio >= 1:
+            raise ToolkitError(f"mix_ratio {self.mix_ratio}: allowed is 0 up to below 1")
+        if bool(self.mix_file) != bool(self.mix_ratio):
+            raise ToolkitError("mix_file and mix_ratio have an effect only together: set both")
+        if self.scheduler_type == "ReduceLROnPlateau" and not self.eval_file:
+            raise ToolkitError(
+                "scheduler_type ReduceLROnPlateau follows the dev loss: set eval_file"
+            )
+        for name in ("early_stopping_patience", "eval_every_steps"):
+            if getattr(self, name) is not None and not self.eval_file:
+                raise ToolkitError(f"{name} needs a dev loss: set eval_file")
 
     @property
     def from_scratch(self) -> bool:
         """True when no weights are named."""
         return not self.model_name_or_path
-
-    @property
-    def epochs(self) -> int:
-        """max_epochs with its null filled in."""
-        if self.max_epochs is not None:
-            return self.max_epochs
-        return 24 if self.from_scratch else 3
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """learning_rate with its null filled in."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 3e-3 if self.from_scratch else 2e-5
 
 
 @dataclass(frozen=True)
@@ -114,6 +168,253 @@ class DataSettings:
 
     def __post_init__(self):
         _at_least(self, 1, "ensure_answer_min_length")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is changed about the weights before training (the switches in models.py)."""
+
+    global_num_layers_freeze: int = 0
+    """Freeze the embedding and the first so many layers, train the rest; 0: none."""
+    pre_seq_len: int | None = None
+    """p-tuning v2 with so many virtual tokens; null: what config_name says, else no p-tuning."""
+    prefix_projection: bool | None = None
+    """Compute the virtual tokens through two linears; null: what config_name says, else false."""
+    quantization_bit: Literal[0, 4, 8] | None = None
+    """Quantise fp16 weights the released way while loading; null: as stored."""
+    load_in_8bit: bool = False
+    """Hold the frozen weights in bitsandbytes int8."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in bitsandbytes nf4."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "global_num_layers_freeze")
+        _at_least(self, 1, "pre_seq_len")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA through PEFT (`lora_info_args` in data_utils.py)."""
+
+    section: ClassVar[str] = "lora_info_args"
+    with_lora: bool = False
+    """Train a LoRA adapter."""
+    r: int = 8
+    """Rank of the adapter."""
+    lora_alpha: float = 32
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.1
+    """Dropout on the adapter's input."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained too."""
+    target_modules: list[str] = field(default_factory=lambda: ["query_key_value"])
+    """Linears that get an adapter: query_key_value, dense, dense_h_to_4h, dense_4h_to_h."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full and saved with the adapter, such as lm_head."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (rsLoRA)."""
+    use_dora: bool = False
+    """Train the magnitude of each row apart (DoRA)."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "r", name_in=self.section)
+        _check_adapter(self)
+
+
+@dataclass(frozen=True)
+class AdaLoraSettings:
+    """AdaLoRA through PEFT (`adalora_info_args` in data_utils.py)."""
+
+    section: ClassVar[str] = "adalora_info_args"
+    with_lora: bool = False
+    """Train an AdaLoRA adapter."""
+    target_r: int = 8
+    """Average rank at the end."""
+    init_r: int = 12
+    """Rank of every matrix at the start."""
+    tinit: int | None = None
+    """Steps before ranks are cut; null: a tenth of total_step."""
+    tfinal: int | None = None
+    """Steps at the end with ranks as they are; null: a third of total_step."""
+    deltaT: int = 1
+    """Steps between two cuts."""
+    beta1: float = 0.85
+    """Smoothing of the sensitivity."""
+    beta2: float = 0.85
+    """Smoothing of its uncertainty."""
+    orth_reg_weight: float = 0.5
+    """Weight of the term that keeps the singular vectors orthogonal."""
+    total_step: int | None = None
+    """Steps of the whole schedule; null: those of this training."""
+    lora_alpha: float = 32
+    """The adapter's output is scaled by lora_alpha / rank."""
+    lora_dropout: float = 0.1
+    """Dropout on the adapter's input."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained too."""
+    target_modules: list[str] = field(default_factory=lambda: ["query_key_value"])
+    """Linears that get an adapter: query_key_value, dense, dense_h_to_4h, dense_4h_to_h."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full and saved with the adapter, such as lm_head."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "target_r", "init_r", "deltaT", "total_step", name_in=self.section)
+        _at_least(self, 0, "tinit", "tfinal", "orth_reg_weight", name_in=self.section)
+        if self.target_r > self.init_r:
+            raise ToolkitError(
+                f"{self.section}: target_r {self.target_r} is above init_r {self.init_r}: ranks are"
+                " only ever cut"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ToolkitError(f"{self.section}.{name} {getattr(self, name)}: between 0 and 1")
+        _check_adapter(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All groups of one run, checked against each other before anything is loaded.
+
+    Raises:
+        ToolkitError: for a pair that cannot work, with the reason.
+    """
+
+    train: TrainSettings
+    data: DataSettings
+    model: ModelSettings
+    lora: LoraSettings
+    adalora: AdaLoraSettings
+
+    def __post_init__(self):
+        chosen = self._chosen()
+        if len(chosen) > 1:
+            raise ToolkitError(
+                f"{' and '.join(chosen.values())} exclude each other: each says which weights are"
+                " trained; switch all but one off"
+            )
+        self._check_quantization()
+        if self.train.from_scratch and self.method != "full":
+            raise ToolkitError(
+                f"{chosen[self.method]} tunes given weights, but model_name_or_path is empty:"
+                " train the tiny model first (python train.py), then give"
+                " --model_name_or_path ./best_ckpt/last and another --save_dir"
+            )
+
+    def _chosen(self) -> dict[Method, str]:
+        """The methods that are switched on, each with the switch's name."""
+        switches: dict[Method, tuple[bool, str]] = {
+            "freeze": (self.model.global_num_layers_freeze > 0, "global_num_layers_freeze"),
+            "ptuning": (self.model.pre_seq_len is not None, "p-tuning (pre_seq_len)"),
+            "lora": (self.lora.with_lora, "LoRA (lora_info_args.with_lora)"),
+            "adalora": (self.adalora.with_lora, "AdaLoRA (adalora_info_args.with_lora)"),
+        }
+        return {method: name for method, (on, name) in switches.items() if on}
+
+    @property
+    def method(self) -> Method:
+        """Which weights are trained."""
+        return next(iter(self._chosen()), "full")
+
+    @property
+    def quantization(self) -> str:
+        """The setting that quantises the frozen weights, or ""."""
+        names = ("quantization_bit", "load_in_8bit", "load_in_4bit")
+        return next((name for name in names if getattr(self.model, name)), "")
+
+    def _check_quantization(self) -> None:
+        names = ("quantization_bit", "load_in_8bit", "load_in_4bit")
+        on = [name for name in names if getattr(self.model, name)]
+        if len(on) > 1:
+            raise ToolkitError(f"{' and '.join(on)} exclude each other: each says how the frozen"
+                               " weights are held")  # fmt: skip
+        if on and self.method in ("full", "freeze"):
+            raise ToolkitError(
+                f"{on[0]}: quantised weights can't be trained themselves; train LoRA, AdaLoRA or"
+                " p-tuning on them, or leave them unquantised"
+            )
+        if self.lora.use_dora and self.model.quantization_bit:
+            raise ToolkitError(
+                "lora_info_args.use_dora needs the unquantised weights or bitsandbytes':"
+                " leave quantization_bit out, or set load_in_8bit or load_in_4bit"
+            )
+        if self.train.enable_deepspeed and on and on[0] != "quantization_bit":
+            raise ToolkitError(f"{on[0]} can't be split by DeepSpeed: use quantization_bit instead")
+        if self.train.enable_deepspeed and self.method == "adalora":
+            raise ToolkitError("AdaLoRA allots ranks by whole gradients, which DeepSpeed splits up:"
+                               " leave enable_deepspeed off")  # fmt: skip
+
+    def completed(self, config: dict[str, Any]) -> "Settings":
+        """The same with every null filled in, from the config_name file and the defaults.
+
+        config: content of the config_name file; only its tuning keys are looked at.
+        """
+        model = dataclasses.replace(
+            self.model,
+            pre_seq_len=_first_set(self.model.pre_seq_len, config.get("pre_seq_len")),
+            prefix_projection=_first_set(
+                self.model.prefix_projection, config.get("prefix_projection"), False
+            ),
+            quantization_bit=_first_set(
+                self.model.quantization_bit, config.get("quantization_bit"), 0
+            ),
+        )
+        if model.prefix_projection and model.pre_seq_len is None:
+            raise ToolkitError("prefix_projection has an effect only with pre_seq_len: set both")
+        method = dataclasses.replace(self, model=model).method
+        rate = FROM_SCRATCH_LEARNING_RATE if self.train.from_scratch else None
+        train = dataclasses.replace(
+            self.train,
+            max_epochs=_first_set(self.train.max_epochs, 24 if self.train.from_scratch else 3),
+            learning_rate=_first_set(
+                self.train.learning_rate, rate, DEFAULT_LEARNING_RATES[method]
+            ),
+        )
+        return dataclasses.replace(self, model=model, train=train)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as one object, each under its one name."""
+        merged: dict[str, Any] = {}
+        for group in (self.train, self.data, self.model):
+            merged |= dataclasses.asdict(group)
+        for section in (self.lora, self.adalora):
+            merged[section.section] = dataclasses.asdict(section)
+        return merged
+
+    def as_json(self) -> str:
+        """What settings.json holds; it can be read again as `--config`."""
+        return json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n"
+
+    def differing(self, other: dict[str, Any]) -> list[str]:
+        """Names of the settings whose value in `other` would make another run of this one."""
+        own = json.loads(self.as_json())
+        names = (own.keys() | other.keys()) - set(WITHOUT_EFFECT_ON_THE_RESULT)
+        return sorted(name for name in names if own.get(name) != other.get(name))
+
+
+def _first_set(*values: Any) -> Any:
+    """The first value that is not null."""
+    return next((value for value in values if value is not None), None)
+
+
+BLOCK_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+def _check_adapter(settings: LoraSettings | AdaLoraSettings) -> None:
+    where = settings.section
+    if not settings.target_modules:
+        raise ToolkitError(
+            f"{where}.target_modules is empty: allowed are {', '.join(BLOCK_LINEARS)}"
+        )
+    for name in settings.target_modules:
+        if name not in BLOCK_LINEARS:
+            raise ToolkitError(
+                f"{where}.target_modules: unknown {name!r}.{nearest(name, BLOCK_LINEARS)} Allowed"
+                f" are {', '.join(BLOCK_LINEARS)}"
+            )
+    if not 0 <= settings.lora_dropout < 1:
+        raise ToolkitError(f"{where}.lora_dropout {settings.lora_dropout}: 0 up to below 1")
+    if settings.lora_alpha <= 0:
+        raise ToolkitError(f"{where}.lora_alpha {settings.lora_alpha}: allowed is above 0")
 
 
 @dataclass(frozen=True)
@@ -144,113 +445,9 @@ class ChatSettings:
     """cuda, cuda:1, mps or cpu; auto: the GPU if there is one."""
 
 
-def _at_least(settings: Any, bound: float, *names: str) -> None:
+def _at_least(settings: Any, bound: float, *names: str, name_in: str = "") -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < bound:
-            raise ToolkitError(f"{name} {value}: allowed is {bound} and above")
-
-
-def parse_settings(
-    groups: Sequence[tuple[type, dict[str, Any], str]],
-    argv: Sequence[str] | None,
-    *,
-    description: str,
-) -> list[Any]:
-    """One instance of each group's class, from its edited dict, `--config` and the flags.
-
-    groups: (dataclass, edited values, where they stand). argv: None for the command line.
-
-    Raises:
-        ToolkitError: for an unknown name (with the nearest known one) or a value of a wrong type.
-    """
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings")
-    names: dict[str, list[str]] = {}
-    for group, edited, where in groups:
-        names[group.__name__] = [f.name for f in dataclasses.fields(group)]
-        _refuse_unknown(edited, names[group.__name__], where)
-        parser.add_class_arguments(group, help=group.__doc__)
-    known = [name for group in names.values() for name in group]
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    _check_arguments(arguments, known)
-    try:
-        for _, edited, _ in groups:  # defaults are not checked for their types, arguments are
-            parser.parse_args([_as_flag(name, value) for name, value in edited.items()])
-            parser.set_defaults(edited)
-        parsed = parser.parse_args(_files_first(arguments))
-        parser.validate(parsed)
-    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise ToolkitError(" ".join(str(error).split())) from None
-    values = parsed.as_dict()
-    for group, _, _ in groups:
-        _refuse_null(group, values)
-    return [group(**{n: values[n] for n in names[group.__name__]}) for group, _, _ in groups]
-
-
-def _as_flag(name: str, value: Any) -> str:
-    return f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-
-
-def _refuse_null(group: type, values: dict[str, Any]) -> None:
-    hints = get_type_hints(group)
-    for item in dataclasses.fields(group):
-        if values[item.name] is None and type(None) not in get_args(hints[item.name]):
-            raise ToolkitError(f"{item.name}: null is not allowed; expected {item.type}")
-
-
-def _files_first(arguments: list[str]) -> list[str]:
-    """--config and its value before the flags, which then win wherever they stand."""
-    files: list[str] = []
-    flags: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--config":
-            files += [argument, *[value for value in [next(rest, None)] if value is not None]]
-        else:
-            (files if argument.startswith("--config=") else flags).append(argument)
-    return files + flags
-
-
-def _refuse_unknown(keys: Any, known: list[str], where: str) -> None:
-    for key in keys:
-        if key not in known:
-            raise ToolkitError(f"{where}: unknown setting {key!r}.{nearest(str(key), known)}")
-
-
-def _check_arguments(arguments: list[str], known: list[str]) -> None:
-    flags: list[str] = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
-    _refuse_unknown(flags, [*known, "config", "help", "print_config"], "command line")
-    for position, argument in enumerate(arguments):
-        if argument.split("=")[0] != "--config":
-            continue
-        path = argument.partition("=")[2] or (arguments[position + 1 : position + 2] or [""])[0]
-        try:
-            with open(path, encoding="utf-8") as file:
-                content = yaml.safe_load(file) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ToolkitError(f"--config {path}: cannot be read as YAML ({reason})") from None
-        if not isinstance(content, dict):
-            raise ToolkitError(f"--config {path}: expected `name: value` lines")
-        _refuse_unknown(content, known, path)
-
-
-def settings_as_json(*groups: Any) -> str:
-    """All settings of a run as one JSON object, what settings.json holds."""
-    merged: dict[str, Any] = {}
-    for group in groups:
-        merged.update(dataclasses.asdict(group))
-    return json.dumps(merged, ensure_ascii=False, indent=2) + "\n"
-
-
-def run_script(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run a script's main; a user's mistake is one line and exit code 2."""
-    try:
-        main(None)
-    except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+            full = f"{name_in}.{name}".removeprefix(".")
+            raise ToolkitError(f"{full} {value}: allowed is {bound} and above")

@@ -1,70 +1,253 @@
 """The LightningModule: what one step of training and of evaluation is."""
 
-import math
+import hashlib
+import json
 import time
+from typing import Any
 
 import lightning
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
+from .batches import BatchPlan, SampleDataset, build_loader, longest_batch
 from .errors import ToolkitError
+from .guards import check_gradients, check_labels, check_loss
 from .optim import build_optimizer
-from .settings import TrainSettings
+from .records import RecordFile, read_manifest
+from .settings import Settings
+from .tuning.adapters import plain_model
+
+
+class TrainingData:
+    """The record files of a run: "train", and maybe "mix" and "dev"."""
+
+    def __init__(self, records: dict[str, RecordFile], *, pad_token_id: int):
+        self.records, self.pad_token_id = records, pad_token_id
+        self.to_train = [records[split] for split in ("train", "mix") if split in records]
+        lengths = [r.lengths() for r in self.to_train]
+        self.tokens, self.learned = (np.concatenate(part) for part in zip(*lengths, strict=True))
+
+    def plan(self, settings: Settings, *, rank: int = 0, world_size: int = 1) -> BatchPlan:
+        """The batches of an epoch for one process."""
+        return BatchPlan(
+            self.learned,
+            batch_size=settings.train.train_batch_size,
+            accumulate=settings.train.gradient_accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+            shuffle_seed=settings.train.seed,
+            num_mixed=len(self.records["mix"]) if "mix" in self.records else 0,
+            mix_ratio=settings.train.mix_ratio,
+        )
+
+    def total_steps(self, settings: Settings, *, world_size: int = 1) -> int:
+        """Optimizer steps of the whole training."""
+        batches = len(self.plan(settings, world_size=world_size))
+        an_epoch = -(-batches // settings.train.gradient_accumulation_steps)
+        total = an_epoch * (settings.train.max_epochs or 1)
+        return total if settings.train.max_steps == -1 else min(total, settings.train.max_steps)
+
+    def train_loader(self, plan: BatchPlan) -> DataLoader:
+        """The plan's batches, the mixed-in samples after the others."""
+        return build_loader(SampleDataset(*self.to_train), plan, pad_token_id=self.pad_token_id)
+
+    def dev_loader(self, *, batch_size: int, rank: int, world_size: int) -> DataLoader | list:
+        """This process's share of the dev set, in file order; [] without one."""
+        if "dev" not in self.records:
+            return []
+        dev = self.records["dev"]
+        plan = BatchPlan(dev.lengths()[1], batch_size=batch_size, rank=rank, world_size=world_size)
+        return build_loader(SampleDataset(dev), plan, pad_token_id=self.pad_token_id)
+
+    def longest_batch(self, settings: Settings) -> dict[str, Tensor]:
+        """The batch that takes the most memory."""
+        return longest_batch(
+            SampleDataset(*self.to_train),
+            self.tokens,
+            batch_size=settings.train.train_batch_size,
+            pad_token_id=self.pad_token_id,
+        )
+
+    def digest(self) -> str:
+        """Of what the records were built from: data, tokenizer, template, lengths."""
+        sources = {split: read_manifest(r.path)["source"] for split, r in self.records.items()}
+        return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 
 
 class ChatGLMTraining(lightning.LightningModule):
-    """Trains the model handed to it on batches of `batches.collate`.
+    """Trains the model handed to it; every random draw follows from the seed and the step.
+
+    So a run that goes on from a checkpoint draws what it would have drawn, without the states of
+    the generators.
 
     Raises:
-        ToolkitError: at the first loss that is not finite, with the step and its samples.
+        ToolkitError: at the first loss that is not finite or is zero, or if the first step leaves a
+            trained parameter without gradient.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: TrainSettings):
-        super().__init__()
-        self.model, self.settings = model, settings
-        self.tokens_seen, self.clock = 0, time.monotonic()
+    strict_loading = False  # a checkpoint has the trained parameters only; checked below
 
-    def forward(self, batch) -> torch.Tensor:
-        """The loss of a batch, a scalar."""
-        return self.model(
+    def __init__(self, model: nn.Module, settings: Settings, data: TrainingData):
+        super().__init__()
+        self.model, self.run_settings, self.data = model, settings, data
+        self.tokens_seen, self.clock = 0, time.monotonic()
+        self.plan: BatchPlan | None = None
+        self.resumed_at: tuple[int, int] | None = None
+        self.dev_step = -1
+
+    def train_dataloader(self):
+        """This process's share of the batches."""
+        self.plan = self.data.plan(
+            self.run_settings, rank=self.trainer.global_rank, world_size=self.trainer.world_size
+        )
+        if self.resumed_at is not None:
+            epoch, done = self.resumed_at
+            over = done >= len(self.plan)
+            self.plan.epoch, self.plan.start_batch = epoch + over, 0 if over else done
+        return self.data.train_loader(self.plan)
+
+    def val_dataloader(self):
+        """This process's share of the dev set."""
+        return self.data.dev_loader(
+            batch_size=self.run_settings.train.eval_batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a training batch, a scalar."""
+        return self._loss(self.model, batch, num_items_in_batch=batch["num_items_in_batch"])
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
+        return model(
             input_ids=batch["input_ids"],
             labels=batch["labels"],
             context_lengths=batch["context_lengths"],
             mask_positions=batch["mask_positions"],
             use_cache=False,
+            loss_only=True,
+            **options,
         ).loss
 
     def on_train_epoch_start(self) -> None:
         """Speed is counted within the epoch."""
         self.tokens_seen, self.clock = 0, time.monotonic()
 
-    def training_step(self, batch, batch_index: int) -> torch.Tensor:
+    def on_before_batch_transfer(self, batch, dataloader_idx: int):
+        """Labels are looked at while they are on the CPU."""
+        check_labels(batch)
+        return batch
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        """Dropout draws from the seed, the step and the rank."""
+        assert self.plan is not None
+        step = self.current_epoch * len(self.plan) + batch_idx
+        torch.manual_seed(
+            (self.run_settings.train.seed << 32) + step * self.trainer.world_size
+            + self.trainer.global_rank
+        )  # fmt: skip
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
         """Loss of one batch, logged with the speed in tokens a second (pads not counted)."""
         loss = self(batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ToolkitError(
-                f"the loss became {value} at step {self.global_step + 1} on samples"
-                f" {batch['sample_index'].tolist()}: lower learning_rate, or use precision bf16"
+        learned = int(batch["learned_tokens"])
+        shown = loss.detach() * batch["num_items_in_batch"] / max(learned, 1)
+        if learned:
+            check_loss(
+                shown.item(),
+                self.model,
+                batch,
+                step=self.global_step + 1,
+                precision=self.run_settings.train.precision,
             )
         self.tokens_seen += int(batch["num_tokens"])
         speed = self.tokens_seen / max(time.monotonic() - self.clock, 1e-9)
-        size = len(batch["input_ids"])
-        self.log("train_loss", loss, prog_bar=True, batch_size=size)
+        size = max(learned, 1)
+        self.log("train_loss", shown, prog_bar=True, batch_size=size)
         self.log("tokens_per_second", speed, prog_bar=True, batch_size=size)
-        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=size)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("learning_rate", rate, batch_size=size)
         return loss
 
-    def validation_step(self, batch, batch_index: int) -> None:
-        """Dev loss, weighted by learned tokens, so that batch sizes don't matter."""
-        learned = int((batch["labels"] >= 0).sum())
-        self.log("dev_loss", self(batch), prog_bar=True, on_epoch=True, batch_size=learned)
+    def on_before_optimizer_step(self, optimizer) -> None:
+        """After the first backward pass."""
+        if self.trainer.global_step == 0 and not self.run_settings.train.enable_deepspeed:
+            check_gradients(
+                (name, parameter.grad)
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            )
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        """The step; AdaLoRA then allots ranks by the gradients, which stand until the next."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.run_settings.method == "adalora" and self._gradients_are_finite():
+            self.model.base_model.update_and_allocate(self.trainer.global_step)
+
+    def _gradients_are_finite(self) -> bool:
+        """False when the scaler of 16-bit training has skipped the step."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        """Dev loss over all learned tokens, so that batch sizes don't matter, and perplexity."""
+        learned = int(batch["learned_tokens"])
+        # AdaLoRA's wrapper would add its own term to the loss; its base has the adapters as well.
+        loss = self._loss(plain_model(self.model), batch)
+        self.log("dev_loss", loss, prog_bar=True, on_epoch=True, batch_size=learned, sync_dist=True)
+
+    def on_validation_end(self) -> None:
+        """A plateau is judged once per dev run; Lightning would count batches or epochs."""
+        self.dev_step = self.global_step
+        schedule = self.lr_schedulers() if self.trainer.training else None
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(self.trainer.callback_metrics["dev_loss"])
 
     def configure_optimizers(self):
-        """AdamW; the schedule moves every optimizer step."""
-        optimizer, schedule = build_optimizer(
-            self.model, self.settings, total_steps=int(self.trainer.estimated_stepping_batches)
+        """Optimizer and schedule by their names in the settings."""
+        return build_optimizer(
+            self.model,
+            self.run_settings.train,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            steps_per_epoch=-(
+                -self.trainer.num_training_batches
+                // self.run_settings.train.gradient_accumulation_steps
+            ),
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Trained parameters only; the frozen ones are in their own folder."""
+        trained = self._trained_names()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n: tensor for n, tensor in state.items() if n in trained}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        checkpoint["batches"] = (self.current_epoch, progress.ready)
+        if self.run_settings.method == "adalora":
+            allocator = self.model.base_model.rankallocator
+            names = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+            checkpoint["ranks"] = {name: getattr(allocator, name) for name in names}
+            checkpoint["rank_pattern"] = self.model.peft_config["default"].rank_pattern
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Trained parameters must be the same ones; the position in the data is taken up.
+
+        Raises:
+            ToolkitError: naming those that differ.
+        """
+        differing = checkpoint["state_dict"].keys() ^ self._trained_names()
+        if differing:
+            raise ToolkitError(
+                "resume: the checkpoint is of other trained parameters, such as"
+                f" {sorted(differing)[0]}: start anew with --resume false"
+            )
+        self.resumed_at = checkpoint["batches"]
+        if self.run_settings.method == "adalora":
+            for name, value in checkpoint["ranks"].items():
+                setattr(self.model.base_model.rankallocator, name, value)
+            self.model.peft_config["default"].rank_pattern = checkpoint["rank_pattern"]

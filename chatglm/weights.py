@@ -4,6 +4,7 @@ A folder is saved aside and renamed, so that an interrupted save leaves the last
 """
 
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -19,6 +20,8 @@ from transformers.utils import logging as hf_logging
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .model import ChatGLMForConditionalGeneration
+from .quantization.bnb import bitsandbytes_config
+from .quantization.linear import quantize_blocks
 from .tokenizer import VOCAB_FILE, ChatGLMTokenizer
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -38,6 +41,7 @@ def find_folder(name_or_path: str) -> str:
         ToolkitError: if files are missing, by name, or the hub can't be reached.
     """
     path = os.path.expanduser(name_or_path)
+    recover_folder(path)
     if os.path.isdir(path):
         _check_files(path)
         return path
@@ -141,11 +145,17 @@ def check_tokenizer(tokenizer: ChatGLMTokenizer, config: ChatGLMConfig, where: s
 
 
 def load_pretrained(
-    name_or_path: str, *, precision: str = "auto", device: str = "auto"
+    name_or_path: str,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    quantization_bit: int = 0,
+    bitsandbytes_bits: int = 0,
 ) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
     """Model (in eval mode, on its device) and tokenizer of a folder or hub name, checked.
 
-    precision: "32", "bf16", "16", or "auto": as stored on a GPU, fp32 on a CPU.
+    precision: "32", "bf16", "16", or "auto": as stored on a GPU, fp32 on a CPU. The bits: as in
+    `load_model`.
 
     Raises:
         ToolkitError: if anything is missing or does not fit, with names.
@@ -156,20 +166,76 @@ def load_pretrained(
     check_tokenizer(tokenizer, config, folder)
     target = choose_device(device)
     as_stored = precision == "auto" and target.type != "cpu"
-    dtype = "auto" if as_stored else DTYPES["32" if precision == "auto" else precision]
-    placement = {"device_map": {"": target}} if target.type != "cpu" else {}
+    model = load_model(
+        folder,
+        config,
+        dtype=None if as_stored else DTYPES["32" if precision == "auto" else precision],
+        device=target,
+        quantization_bit=quantization_bit,
+        bitsandbytes_bits=bitsandbytes_bits,
+    )
+    return model.eval(), tokenizer
+
+
+def load_model(
+    folder: str,
+    config: ChatGLMConfig,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    quantization_bit: int = 0,
+    bitsandbytes_bits: int = 0,
+) -> ChatGLMForConditionalGeneration:
+    """The weights of a checked folder on a device, in `dtype` (None: as stored).
+
+    quantization_bit 8 or 4: pack fp16 weights the released way. bitsandbytes_bits 8 or 4: hold
+    them in bitsandbytes' int8 or nf4.
+
+    Raises:
+        ToolkitError: if a file is damaged, tensors do not fit, or packed weights would be packed.
+    """
+    wanted = quantization_bit or bitsandbytes_bits
+    if config.quantization_bit and wanted and config.quantization_bit != quantization_bit:
+        raise ToolkitError(
+            f"{folder}: its weights are int{config.quantization_bit} already; to hold them"
+            " otherwise, name the fp16 weights"
+        )
+    pack = quantization_bit if not config.quantization_bit else 0
+    options: dict[str, Any] = {}
+    if bitsandbytes_bits:
+        compute = config.dtype if dtype is None else dtype
+        options["quantization_config"] = bitsandbytes_config(
+            bitsandbytes_bits, compute_dtype=compute or torch.float16
+        )
+    if device.type != "cpu" and not pack:  # packed on the CPU, a card need not hold both
+        options["device_map"] = {"": device}
     try:
         model = ChatGLMForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype, **placement
+            folder, config=config, dtype="auto" if dtype is None else dtype, **options
         )
     except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        files = sorted(n for n in os.listdir(folder) if n.endswith((".bin", ".safetensors")))
+        files = ", ".join(os.path.basename(path) for path in weight_files(folder))
         raise ToolkitError(
-            f"{folder}: the weights can't be read from {', '.join(files)} ({reason});"
-            " take them anew"
+            f"{folder}: the weights can't be read from {files} ({reason}); take them anew"
         ) from None
-    return model.eval(), tokenizer
+    if pack:
+        quantize_blocks(model.transformer.layers, pack)
+        model.config.quantization_bit = pack
+        model.to(device)
+    return model
+
+
+def weight_files(folder: str) -> list[str]:
+    """Paths of the files that hold a folder's tensors: all shards, or the one file, or none."""
+    for name in _SINGLES:
+        if _exists(folder, name):
+            return [os.path.join(folder, name)]
+    for name in _INDEXES:
+        if _exists(folder, name):
+            shards = set(_read_index(os.path.join(folder, name)).values())
+            return [os.path.join(folder, shard) for shard in sorted(shards)]
+    return []
 
 
 def choose_device(device: str) -> torch.device:
@@ -202,13 +268,25 @@ def describe(model: PreTrainedModel, where: str) -> str:
 
 
 def save_folder(
-    model: PreTrainedModel, tokenizer: ChatGLMTokenizer, settings_json: str, folder: str
+    model: PreTrainedModel,
+    tokenizer: ChatGLMTokenizer,
+    settings_json: str,
+    folder: str,
+    *,
+    dtype: torch.dtype,
 ) -> None:
-    """Weights as safetensors, config, tokenizer and settings.json; whole or not at all."""
+    """Weights as safetensors in `dtype`, config, tokenizer, settings.json; whole or not at all."""
     aside = f"{folder}.part"
     shutil.rmtree(aside, ignore_errors=True)
+    state = {
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
     with _no_bar() if model.num_parameters() < SMALL_MODEL else contextlib.nullcontext():
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=state)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     with open(os.path.join(aside, "settings.json"), "w", encoding="utf-8") as file:
         file.write(settings_json)
@@ -226,7 +304,7 @@ def _no_bar() -> Iterator[None]:
 
 
 def replace_folder(new: str, folder: str) -> None:
-    """Put a finished folder in the place of an older one."""
+    """Put a finished folder in the place of an older one, which stands until then."""
     old = f"{folder}.old"
     shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(folder):
@@ -235,13 +313,9 @@ def replace_folder(new: str, folder: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_run_settings(folder: str) -> dict[str, Any]:
-    """The settings.json that a training run saved, or {} if there is none."""
-    path = os.path.join(folder, "settings.json")
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ToolkitError(f"{path}: not readable as JSON ({error})") from None
+def recover_folder(folder: str) -> None:
+    """Mend what a kill inside `replace_folder` left: the older folder stands again, or is gone."""
+    old = f"{folder}.old"
+    if os.path.isdir(old) and not os.path.exists(folder):
+        print(f"{folder}: its replacement was cut off; the one saved before it is back")
+        os.replace(old, folder)

@@ -5,6 +5,9 @@ Row by row, scale = max |row| / (2**(bits - 1) - 1) in fp16 and q = round(w / sc
 both signed. The stored tensors are used as they are: weights are dequantised for the product.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,8 +44,78 @@ def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype
     return values.to(dtype) * scale[:, None].to(dtype)
 
 
-class _QuantizedRows(nn.Module):
-    """Rows of packed weights and their scales, under the released names."""
+class _QuantizedProduct(torch.autograd.Function):
+    """x (.., in) times the dequantised weight, (.., out); the backward pass dequantises again.
+
+    Kept for the backward pass are the packed weights, not the matrix: a quarter of the bytes for
+    int4 against half a precision.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.bits = bits
+        return F.linear(x, dequantize_rows(weight, scale, bits, x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        weight, scale = ctx.saved_tensors
+        for_x = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_x = gradient @ dequantize_rows(weight, scale, ctx.bits, gradient.dtype)
+        if ctx.needs_input_grad[3]:
+            for_bias = gradient.flatten(0, -2).sum(0)
+        return for_x, None, None, for_bias, None
+
+
+class QuantizedLinear(nn.Linear):
+    """x (.., in) to (.., out) over a packed weight, with bias; differentiable in x and bias.
+
+    An `nn.Linear`, so that PEFT puts its adapters around it as around any other.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bits: int):
+        nn.Module.__init__(self)  # not Linear's, which would draw a weight of full size
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        stored = in_features // 2 if bits == 4 else in_features
+        self.weight = nn.Parameter(
+            torch.zeros(out_features, stored, dtype=torch.int8), requires_grad=False
+        )
+        self.register_buffer("weight_scale", torch.zeros(out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the dequantised weight, in x's dtype or that of autocast."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        return _QuantizedProduct.apply(x, self.weight, self.weight_scale, self.bias, self.bits)
+
+    def dequantize(self, dtype: torch.dtype) -> nn.Linear:
+        """A plain linear of the same values."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, device=self.weight.device, dtype=dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(dequantize_rows(self.weight, self.weight_scale, self.bits, dtype))
+            linear.bias.copy_(self.bias)
+        return linear
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
+        """A linear's weight packed as the released code packs it; the bias is shared."""
+        quantized = cls(linear.in_features, linear.out_features, bits)
+        values, scale = quantize_rows(linear.weight.detach(), bits)
+        quantized.weight = nn.Parameter(values, requires_grad=False)
+        quantized.weight_scale = scale.to(linear.weight.dtype)
+        quantized.bias = linear.bias
+        return quantized
+
+
+class QuantizedEmbedding(nn.Module):
+    """Token ids (..) to rows (.., C) of a packed table (`quantization_embeddings`)."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -54,29 +127,27 @@ class _QuantizedRows(nn.Module):
         self.register_buffer("weight", torch.zeros(rows, stored, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.zeros(rows))
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The full matrix in `dtype`."""
-        return dequantize_rows(self.weight, self.weight_scale, self.bits, dtype)
-
-
-class QuantizedLinear(_QuantizedRows):
-    """x (.., in) to (.., out) over a packed weight, with bias; differentiable in x and bias."""
-
-    def __init__(self, in_features: int, out_features: int, bits: int):
-        super().__init__(out_features, in_features, bits)
-        self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The product with the dequantised weight, in x's dtype."""
-        return F.linear(x, self.dequantize(x.dtype), self.bias.to(x.dtype))
-
-
-class QuantizedEmbedding(_QuantizedRows):
-    """Token ids (..) to rows (.., C) of a packed table (`quantization_embeddings`)."""
-
     def forward(self, input_ids: Tensor) -> Tensor:
         """Only the rows asked for are dequantised."""
         rows, scale = self.weight[input_ids.flatten()], self.weight_scale[input_ids.flatten()]
         hidden = dequantize_rows(rows, scale, self.bits, self.weight_scale.dtype)
         return hidden.view(*input_ids.shape, -1)
+
+
+def quantize_blocks(layers: nn.Module, bits: int) -> None:
+    """Pack the weight of every linear below `layers`, in place, one at a time."""
+    _replace_linears(layers, nn.Linear, lambda linear: QuantizedLinear.from_linear(linear, bits))
+
+
+def dequantize_blocks(layers: nn.Module, dtype: torch.dtype) -> None:
+    """The inverse of `quantize_blocks`, save for what rounding took."""
+    _replace_linears(layers, QuantizedLinear, lambda linear: linear.dequantize(dtype))
+
+
+def _replace_linears(
+    layers: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]
+) -> None:
+    for module in list(layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is kind:
+                setattr(module, name, change(child))

@@ -1,0 +1,235 @@
+"""What a training leaves: full weights, virtual tokens, or an adapter; saved, read back, loaded.
+
+A folder says by its files what it is. Each has the settings.json of its run, so that nobody names
+a rank or the base weights twice.
+"""
+
+import copy
+import json
+import os
+import shutil
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import ToolkitError
+from .model import ChatGLMForConditionalGeneration
+from .settings import Settings
+from .tokenizer import ChatGLMTokenizer
+from .tuning.adapters import CONFIG_FILE, load_adapters
+from .tuning.prompt import PREFIX, add_prefix, prefix_state
+from .weights import recover_folder, replace_folder, save_folder, weight_files
+
+PREFIX_FILE = "prefix_encoder.safetensors"
+Kind = Literal["weights", "prefix", "adapter"]
+
+
+def kind_of(folder: str) -> Kind:
+    """What a folder holds: weights, a prefix encoder alone, or a PEFT adapter.
+
+    The released p-tuning code saves its encoder as a pytorch_model.bin of that alone.
+
+    Raises:
+        ToolkitError: if there is no such folder, or none of these in it.
+    """
+    recover_folder(folder)
+    if not os.path.isdir(folder):
+        raise ToolkitError(f"{folder}: no such folder; train first: python train.py")
+    if os.path.exists(os.path.join(folder, CONFIG_FILE)):
+        return "adapter"
+    if os.path.exists(os.path.join(folder, PREFIX_FILE)):
+        return "prefix"
+    files = weight_files(folder)
+    if not files:
+        raise ToolkitError(
+            f"{folder}: neither weights (model.safetensors, pytorch_model.bin), nor a prefix"
+            f" encoder ({PREFIX_FILE}), nor an adapter ({CONFIG_FILE})"
+        )
+    names = [name for path in files for name in _tensor_names(path)] if len(files) == 1 else [""]
+    return "prefix" if all(name.startswith(PREFIX) for name in names) else "weights"
+
+
+def _tensor_names(path: str) -> list[str]:
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    return list(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+
+
+def load_prefix(model: ChatGLMForConditionalGeneration, folder: str) -> None:
+    """Give a model the prefix encoder in a folder, ours or the released code's."""
+    path = os.path.join(folder, PREFIX_FILE)
+    if not os.path.exists(path):
+        (path,) = weight_files(folder)
+    if path.endswith(".safetensors"):
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    add_prefix(model, state, path)
+
+
+def save_trained(
+    model: nn.Module,
+    settings: Settings,
+    folder: str,
+    *,
+    tokenizer: ChatGLMTokenizer,
+    dtype: torch.dtype,
+) -> None:
+    """What `settings.method` trained, whole or not at all; full weights in `dtype`.
+
+    Raises:
+        ToolkitError: if it can't be written; what stood in the folder stands then.
+    """
+    if settings.method in ("full", "freeze"):
+        save_folder(model, tokenizer, settings.as_json(), folder, dtype=dtype)
+        return
+    aside = f"{folder}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    if settings.method == "ptuning":
+        save_file(prefix_state(model), os.path.join(aside, PREFIX_FILE), metadata={"format": "pt"})
+        model.config.save_pretrained(aside)
+    else:
+        _save_adapter(model, aside)
+    with open(os.path.join(aside, "settings.json"), "w", encoding="utf-8") as file:
+        file.write(settings.as_json())
+    replace_folder(aside, folder)
+
+
+def _save_adapter(model: PeftModel, folder: str) -> None:
+    """PEFT's own format; AdaLoRA's cut ranks are left out of the file once they are final.
+
+    Before that a cut singular value may have grown again since the last cut, and leaving it out
+    would change the model.
+    """
+    config = model.peft_config["default"]
+    pattern = getattr(config, "rank_pattern", None)
+    if pattern and not _cuts_hold(model, pattern):
+        config.rank_pattern = None
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False)
+    finally:
+        if pattern:
+            config.rank_pattern = pattern
+
+
+def _cuts_hold(model: PeftModel, pattern: dict[str, list[bool]]) -> bool:
+    values = {
+        name.removesuffix(".default"): value
+        for name, value in model.base_model.model.named_parameters()
+        if ".lora_E." in name
+    }
+    return all(
+        not values[name.removesuffix(".default")].flatten()[~torch.tensor(kept).flatten()].any()
+        for name, kept in pattern.items()
+    )
+
+
+def check_saved(
+    model: nn.Module, settings: Settings, folder: str, batch: dict[str, Tensor]
+) -> None:
+    """Read a saved folder back and compare the logits of `batch` with the trained model's.
+
+    An adapter or prefix encoder is loaded, the way the infer scripts do, onto a copy of the model
+    that shares its frozen weights and has NaN for trained ones. Full weights are lent from the file
+    to each module for its forward pass, so that no second model needs room.
+
+    Raises:
+        ToolkitError: if they differ by more than the rounding of the file's precision.
+    """
+    training = model.training
+    model.eval()
+    inputs = {n: batch[n] for n in ("input_ids", "context_lengths", "mask_positions")}
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+        if settings.method in ("full", "freeze"):
+            exact = settings.train.precision == "32"
+            with _LentWeights(model, folder):
+                found = model(**inputs, use_cache=False).logits
+        else:
+            exact = True
+            found = _reloaded(model, settings, folder)(**inputs, use_cache=False).logits
+    model.train(training)
+    difference = (found - expected).abs().max().item()
+    allowed = (1e-5 if exact else 0.05) * max(expected.abs().max().item(), 1.0)
+    if not difference <= allowed:  # NaN is a difference too
+        raise ToolkitError(
+            f"{folder}: read back, its logits differ by {difference:.3g} from those of the model"
+            f" in training (allowed {allowed:.3g}); the disk may be damaged"
+        )
+
+
+def _reloaded(model: nn.Module, settings: Settings, folder: str) -> nn.Module:
+    """A copy of the model with its trained part loaded from the folder."""
+    memo: dict[int, Any] = {id(t): t for t in model.buffers()}
+    memo |= {id(p): p for p in model.parameters() if not p.requires_grad}
+    states = [vars(module).get("state") for module in model.modules()]
+    memo |= {id(state): state for state in states if state is not None}  # bitsandbytes int8
+    clone = copy.deepcopy(model, memo)
+    for parameter in clone.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(float("nan"))
+    if settings.method == "ptuning":
+        load_prefix(clone, folder)
+        return clone.eval()
+    return load_adapters(clone.unload(), {"default": folder})
+
+
+class _LentWeights:
+    """While it lasts, each module computes with the tensors of a folder's files."""
+
+    def __init__(self, model: nn.Module, folder: str):
+        self.files = [safe_open(path, framework="pt") for path in weight_files(folder)]
+        self.where = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118
+        self.hooks = []
+        for prefix, module in model.named_modules():
+            names = {
+                name: f"{prefix}.{name}".removeprefix(".")
+                for name, _ in module.named_parameters(recurse=False)
+            }
+            if names:
+                self.hooks.append(module.register_forward_pre_hook(self._lend(names)))
+                self.hooks.append(module.register_forward_hook(self._give_back))
+        self.own: dict[int, dict[str, Tensor]] = {}
+
+    def _lend(self, names: dict[str, str]):
+        def hook(module: nn.Module, _: Any) -> None:
+            self.own[id(module)] = {name: getattr(module, name).data for name in names}
+            for name, full in names.items():
+                parameter = getattr(module, name)
+                stored = self.where[full].get_tensor(full)
+                parameter.data = stored.to(parameter.device, parameter.dtype)
+
+        return hook
+
+    def _give_back(self, module: nn.Module, *_: Any) -> None:
+        for name, data in self.own.pop(id(module)).items():
+            getattr(module, name).data = data
+
+    def __enter__(self) -> "_LentWeights":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def read_settings_json(folder: str) -> dict[str, Any]:
+    """The settings.json that a training run saved, or {} if there is none.
+
+    Raises:
+        ToolkitError: if it is not JSON.
+    """
+    path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ToolkitError(f"{path}: not readable as JSON ({error})") from None

@@ -1,0 +1,422 @@
+"""Which machines and devices a run uses, and a watchdog that names the rank that is lost.
+
+A run is `num_nodes` machines of `devices` processes each. Who starts the processes says so in the
+environment: torchrun, SLURM's srun, or Lightning itself, which starts one process a device on its
+machine when `python train.py` is run there once. `cluster_from_environment` reads it the way
+Lightning does (plugins/environments), but refuses what Lightning would wait on for ever.
+
+torch.distributed waits 30 minutes for a rank that is gone (NCCL: 10), then raises without a name.
+Hence the watchdog: every rank writes a heartbeat into the store at which the ranks have met and
+reads all others', in a thread of its own, since the main thread is stuck in a collective then. It
+talks to that store over a connection of its own: a second store would need a second open port,
+and the connection of the process group is locked for as long as a collective's set-up waits on it.
+"""
+
+import fcntl
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, NoReturn
+
+import torch.distributed as dist
+
+from .errors import ToolkitError
+
+FINISHED, INTERRUPTED = "finished", "interrupted"
+SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines and devices of a run, as seen by every process of one machine."""
+
+    launcher: Literal["lightning", "torchrun", "slurm"]
+    """Who starts the processes of a machine."""
+    num_nodes: int
+    """Machines."""
+    devices: int
+    """GPUs (or CPU processes) a machine."""
+    node_rank: int
+    """This machine's number, from 0."""
+    local_rank: int = field(compare=False)
+    """This process's number on its machine, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.num_nodes * self.devices
+
+
+def cluster_from_environment(
+    devices: int | None, *, available: int, environ: Mapping[str, str]
+) -> Cluster:
+    """The machines and devices that `environ` describes.
+
+    devices: GPUs (or CPU processes) a machine; None: what the launcher says, else all GPUs.
+    available: GPUs visible here; 0 stands for the CPU, which takes any number of processes.
+
+    Raises:
+        ToolkitError: for variables that are no numbers, are missing, or contradict each other.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        cluster = _from_torchrun(environ)
+    elif "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        cluster = _from_slurm(environ)
+    else:
+        cluster = _from_lightning(max(available, 1) if devices is None else devices, environ)
+    if devices not in (None, cluster.devices):
+        raise ToolkitError(
+            f"devices {devices}: {cluster.launcher} starts {cluster.devices} processes a machine;"
+            " give both the same number, or leave devices null"
+        )
+    if 0 < available < cluster.devices:
+        raise ToolkitError(
+            f"{cluster.devices} devices a machine, but {available} GPUs are visible to this"
+            " process: lower devices, or look at CUDA_VISIBLE_DEVICES"
+        )
+    for name, value, count in (
+        ("number of this machine (NODE_RANK)", cluster.node_rank, cluster.num_nodes),
+        ("number of this process (LOCAL_RANK)", cluster.local_rank, cluster.devices),
+    ):
+        if value >= count:
+            raise ToolkitError(
+                f"the {name} is {value}: allowed is 0 to {count - 1}, with WORLD_SIZE"
+                f" {cluster.world_size} = {cluster.num_nodes} machines x {cluster.devices} devices"
+            )
+    if "MASTER_PORT" in environ and not 0 < _number(environ, "MASTER_PORT") < 2**16:
+        raise ToolkitError(f"MASTER_PORT={environ['MASTER_PORT']}: allowed is 1 to {2**16 - 1}")
+    return cluster
+
+
+def _from_lightning(devices: int, environ: Mapping[str, str]) -> Cluster:
+    world_size = _number(environ, "WORLD_SIZE", devices)
+    if world_size == 0 or world_size % devices:
+        raise ToolkitError(
+            f"WORLD_SIZE={world_size}: expected a multiple of the {devices} devices of a machine"
+            " (it counts processes, machines x devices)"
+        )
+    missing = [n for n in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if n not in environ]
+    if world_size > devices and missing:
+        raise ToolkitError(
+            f"WORLD_SIZE={world_size} with {devices} devices a machine is"
+            f" {world_size // devices} machines, but {', '.join(missing)} is not set; run"
+            f" MASTER_ADDR=(machine 0) MASTER_PORT=(free there) WORLD_SIZE={world_size}"
+            f" NODE_RANK=(0 to {world_size // devices - 1}) python train.py on each"
+        )
+    return Cluster(
+        "lightning",
+        num_nodes=world_size // devices,
+        devices=devices,
+        node_rank=_number(environ, "NODE_RANK", 0),
+        local_rank=_number(environ, "LOCAL_RANK", 0),
+    )
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> Cluster:
+    devices, world_size = _number(environ, "LOCAL_WORLD_SIZE"), _number(environ, "WORLD_SIZE")
+    if devices == 0 or world_size == 0 or world_size % devices:
+        raise ToolkitError(
+            f"WORLD_SIZE={world_size} with LOCAL_WORLD_SIZE={devices}: give torchrun the same"
+            " --nproc_per_node on every machine"
+        )
+    if _number(environ, "RANK") >= world_size:
+        raise ToolkitError(f"RANK={environ['RANK']}: allowed is 0 to {world_size - 1}")
+    return Cluster(
+        "torchrun",
+        num_nodes=world_size // devices,
+        devices=devices,
+        node_rank=_number(environ, "GROUP_RANK", 0),
+        local_rank=_number(environ, "LOCAL_RANK"),
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Cluster:
+    tasks = _number(environ, "SLURM_NTASKS")
+    # Lightning asks for --ntasks-per-node as soon as there are two tasks.
+    devices = _number(environ, "SLURM_NTASKS_PER_NODE", 1 if tasks == 1 else None)
+    num_nodes = _number(environ, "SLURM_NNODES", 1)
+    if devices * num_nodes != tasks or tasks == 0:
+        raise ToolkitError(
+            f"SLURM_NTASKS={tasks}, but SLURM_NNODES={num_nodes} x SLURM_NTASKS_PER_NODE={devices}:"
+            " give sbatch --nodes and --ntasks-per-node (one task a GPU), not --ntasks"
+        )
+    if "SLURM_PROCID" not in environ:
+        raise ToolkitError("SLURM_PROCID is not set: start the script with srun python train.py")
+    return Cluster(
+        "slurm",
+        num_nodes=num_nodes,
+        devices=devices,
+        node_rank=_number(environ, "SLURM_NODEID"),
+        local_rank=_number(environ, "SLURM_LOCALID"),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in environ and default is not None:
+        return default
+    text = environ.get(name)
+    if text is None or not (text.isascii() and text.isdigit()):
+        given = "is not set" if text is None else f"is {text!r}"
+        raise ToolkitError(f"the environment variable {name} {given}: expected a whole number")
+    return int(text)
+
+
+def set_network_interface(environ: MutableMapping[str, str]) -> None:
+    """Name the interface that reaches MASTER_ADDR to gloo, unless the user has named one.
+
+    gloo takes the address that this machine's name stands for in /etc/hosts, often 127.0.1.1 and
+    of no use to other machines. NCCL looks at the interfaces themselves, and is left alone.
+    """
+    address = address_towards(environ.get("MASTER_ADDR", "127.0.0.1"))
+    if "GLOO_SOCKET_IFNAME" in environ or address.startswith("127."):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # this interface has no address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def address_towards(host: str) -> str:
+    """The own address from which `host` is reached; 127.0.0.1 when it cannot be. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
+class Watchdog:
+    """Ends this process with one line, which names the rank, when another rank is lost.
+
+    A process that died is noticed at once by the ranks of its machine, and through them by all
+    within a beat; a machine or a link that is gone, after timeout_seconds; a rank that never joins,
+    after start_timeout_seconds. Silence is counted in beats of this process, not by the clock, so
+    that a machine that slept does not accuse the others when it wakes.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        *,
+        address: str,
+        port: int,
+        timeout_seconds: float = 30.0,
+        start_timeout_seconds: float = 600.0,
+        advice: str = "",
+    ):
+        """address, port: where the ranks meet (MASTER_ADDR, MASTER_PORT). advice: ends the line."""
+        self.rank, self.address, self.port, self.advice = rank, address, port, advice
+        self.timeout_seconds, self.start_timeout_seconds = timeout_seconds, start_timeout_seconds
+        self.beat_seconds = min(1.0, timeout_seconds / 5)
+        self.beat, self.end = 0, ""  # end: "", FINISHED, INTERRUPTED, or the line of the error
+        self.store: dist.Store | None = None
+        self.states: dict[int, dict[str, Any]] = {}  # what each rank that joined last wrote
+        self.silence = dict.fromkeys(range(world_size), 0.0)  # seconds since a rank last wrote
+        self.processes: dict[int, int] = {}  # file descriptor of a process of this machine -> rank
+        self.poll = select.poll()
+        self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Watch from now on. Before torch.distributed starts, who never joins is named too."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye: this rank has finished, and the others go on without it."""
+        self._leave(FINISHED, self.timeout_seconds)
+
+    def on_exception(self, error: BaseException) -> None:
+        """To be called with the error that ends this rank.
+
+        If a lost rank caused it (gloo raises as soon as a peer dies), the process ends in here,
+        with the line, once it is known which one. Of any other failure the ranks left are told.
+        """
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            self.thread.join(self.timeout_seconds + 5 * self.beat_seconds)
+        failure = self._line([self.rank], f"failed with {type(error).__name__} (see its output)")
+        end = failure if isinstance(error, Exception) else INTERRUPTED
+        self._leave(end, 5 * self.beat_seconds)
+
+    def _leave(self, end: str, patience_seconds: float) -> None:
+        self.end = self.end or end
+        if self.thread.is_alive():
+            self.thread.join(patience_seconds)
+
+    def _run(self) -> None:
+        try:
+            self.store = self._join()
+            threading.Thread(target=self._watch_store, name="watchdog", daemon=True).start()
+            died: list[int] = []
+            while not self.end:
+                self._exchange()
+                line = self._verdict(died)
+                if line and not self.end:
+                    self._conclude(line)
+                died = self._wait_a_beat()
+            self._exchange()
+            while self.rank == 0 and any(not state["end"] for state in self.states.values()):
+                self._wait_a_beat()  # the store lives in rank 0, which therefore leaves last
+                self._exchange()
+        except RuntimeError as error:
+            self._on_store_error(error)
+
+    def _join(self) -> dist.Store:
+        is_host = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not is_host:
+            self._wait_for_host()
+        store = dist.TCPStore(
+            self.address,
+            self.port,
+            is_master=is_host,
+            multi_tenant=True,  # init_process_group finds the port open and shares it
+            wait_for_workers=False,
+            timeout=timedelta(seconds=2 * self.timeout_seconds),  # _watch_store is quicker
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"watchdog/{attempt}", store)
+
+    def _wait_for_host(self) -> None:
+        """TCPStore can wait for its host itself, but prints stack traces when none comes."""
+        deadline = time.monotonic() + self.start_timeout_seconds
+        while time.monotonic() < deadline:
+            with suppress(OSError):
+                socket.create_connection((self.address, self.port), self.beat_seconds).close()
+                return
+            time.sleep(self.beat_seconds)
+        self._conclude(self._not_joined([0]))
+
+    def _wait_a_beat(self) -> list[int]:
+        """The ranks of this machine whose process ended; the first one to end ends the wait."""
+        ended = [descriptor for descriptor, _ in self.poll.poll(1000 * self.beat_seconds)]
+        for descriptor in ended:
+            self.poll.unregister(descriptor)
+            os.close(descriptor)
+        return [self.processes.pop(descriptor) for descriptor in ended]
+
+    def _exchange(self) -> None:
+        """Write the own state, read the others'."""
+        assert self.store is not None
+        self.beat += 1
+        self._write()
+        joined = [r for r in self.silence if r in self.states or self.store.check([str(r)])]
+        texts = self.store.multi_get([str(rank) for rank in joined])
+        states = {rank: json.loads(text) for rank, text in zip(joined, texts, strict=True)}
+        for rank in self.silence:
+            is_silent = states.get(rank) == self.states.get(rank)
+            self.silence[rank] = self.silence[rank] + self.beat_seconds if is_silent else 0.0
+        for rank in states.keys() - self.states.keys():
+            self._watch_process(rank, states[rank])
+        self.states = states
+
+    def _write(self) -> None:
+        assert self.store is not None
+        state = {
+            "beat": self.beat,
+            "end": self.end,
+            "host": address_towards(self.address),
+            "machine": _machine(),
+            "pid": os.getpid(),
+        }
+        self.store.set(str(self.rank), json.dumps(state))
+
+    def _watch_process(self, rank: int, state: dict[str, Any]) -> None:
+        if rank == self.rank or state["machine"] != _machine():
+            return
+        with suppress(OSError):  # it has ended already: its silence will tell
+            descriptor = os.pidfd_open(state["pid"])
+            self.processes[descriptor] = rank
+            self.poll.register(descriptor, select.POLLIN)
+
+    def _verdict(self, died: Iterable[int]) -> str | None:
+        """The line to end with, if a rank is lost, or if another rank has ended with one."""
+        ends = {rank: state["end"] for rank, state in self.states.items()}
+        for end in ends.values():
+            if end not in ("", FINISHED, INTERRUPTED):
+                return end
+        dead = [rank for rank in died if not ends[rank]]
+        if dead:
+            return self._line(dead, "died")
+        absent = [rank for rank in self.silence if rank not in ends]
+        if any(self.silence[rank] >= self.start_timeout_seconds for rank in absent):
+            return self._not_joined(absent)
+        # The ranks of a machine that is lost fall silent within a beat or two of each other.
+        limit = self.timeout_seconds - 2 * self.beat_seconds
+        silent = [r for r in ends if ends[r] != FINISHED and self.silence[r] > limit]
+        if any(self.silence[rank] >= self.timeout_seconds for rank in silent):
+            return self._not_answered(silent)
+        return None
+
+    def _watch_store(self) -> None:
+        """The store's machine can vanish without a word: a call to it then never returns."""
+        silence, beat = 0.0, self.beat
+        while self.thread.is_alive() and self.end != FINISHED:
+            time.sleep(self.beat_seconds)
+            silence = silence + self.beat_seconds if beat == self.beat else 0.0
+            beat = self.beat
+            if silence >= self.timeout_seconds:
+                self.store = None
+                self._conclude(self._not_answered([0]))
+
+    def _on_store_error(self, error: RuntimeError) -> None:
+        if self.store is None:
+            self._conclude(
+                f"the ranks cannot meet at {self.address}:{self.port}; stopped. Choose another"
+                f" MASTER_PORT ({str(error).splitlines()[0]})"
+            )
+        self.store = None
+        if self.end != FINISHED and self.states.get(0, {}).get("end") != FINISHED:
+            self._conclude(self._line([0], "died"))
+
+    def _conclude(self, line: str) -> NoReturn:
+        """Print the line, pass it on where the store can be reached, end the process."""
+        print(f"\nerror: {line}", file=sys.stderr, flush=True)  # \n: below a progress bar
+        if self.store is not None:
+            self.end = line
+            with suppress(RuntimeError):
+                self._write()
+            if self.rank == 0:
+                time.sleep(2 * self.beat_seconds)  # the store ends with this process
+        os._exit(1)  # the main thread may be stuck in a collective for good
+
+    def _line(self, ranks: Iterable[int], what: str) -> str:
+        return f"{self._names(ranks)} {what}; stopped. {self.advice}".rstrip()
+
+    def _not_answered(self, ranks: Iterable[int]) -> str:
+        return self._line(ranks, f"not answered for {self.timeout_seconds:g} s")
+
+    def _not_joined(self, ranks: Iterable[int]) -> str:
+        return (
+            f"{self._names(ranks)} not joined at {self.address}:{self.port} within"
+            f" {self.start_timeout_seconds:g} s; stopped. Start all machines with the same"
+            " MASTER_ADDR, MASTER_PORT and WORLD_SIZE, within that time"
+        )
+
+    def _names(self, ranks: Iterable[int]) -> str:
+        """'rank 3 (host 10.0.0.2) has', 'ranks 2, 3 (host 10.0.0.2) have'."""
+        by_host: dict[str, list[str]] = {}
+        for rank in sorted(ranks):
+            host = f" (host {self.states[rank]['host']})" if rank in self.states else ""
+            by_host.setdefault(host, []).append(str(rank))
+        count = sum(map(len, by_host.values()))
+        names = " and ".join(", ".join(group) + host for host, group in by_host.items())
+        return f"rank {names} has" if count == 1 else f"ranks {names} have"
+
+
+def _machine() -> str:
+    """This machine or container: where process ids mean the same."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip() + os.readlink("/proc/self/ns/pid")

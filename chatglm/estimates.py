@@ -1,0 +1,81 @@
+"""Before the first step: what this setting will take of the card and of the disk."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .configuration import ChatGLMConfig
+from .settings import Settings
+
+STATE_BYTES = {"adamw": 8, "adam": 8, "lamb": 8, "lion": 4, "adafactor": 0}
+"""Of the optimizer, for each trained value; 8-bit ones keep a quarter, paged ones move away."""
+ACTIVATION_WIDTHS = 16
+"""Activations that a block keeps for its backward pass, in hidden widths a token: the inputs of
+both norms and four linears, q, k, v, the attention's output, and the inner layer twice (4 each)."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device, by what takes them."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations")
+        named = ", ".join(f"{part} {getattr(self, part) / 2**30:.2f}" for part in parts)
+        return f"{self.total / 2**30:.2f} GiB ({named})"
+
+
+def estimate_memory(
+    model: nn.Module, config: ChatGLMConfig, settings: Settings, *, num_tokens: int
+) -> MemoryEstimate:
+    """What training takes for a batch of num_tokens tokens, pads included.
+
+    DeepSpeed's splitting and offloading are not reckoned in.
+    """
+    train = settings.train
+    trained = [p for p in model.parameters() if p.requires_grad]
+    width = 4 if train.precision == "32" or settings.method == "full" else 2
+    layer = config.hidden_size * num_tokens * width
+    kept = ACTIVATION_WIDTHS * layer
+    if train.gradient_checkpointing:  # one input a block, and all of one block at a time
+        activations = config.num_layers * layer + 2 * kept
+    else:
+        activations = config.num_layers * kept
+    return MemoryEstimate(
+        weights=sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
+        gradients=sum(p.nbytes for p in trained),
+        optimizer=sum(p.numel() for p in trained) * state_bytes(train.optimizer),
+        activations=activations + 3 * 256 * config.vocab_size * 4,
+    )
+
+
+def state_bytes(optimizer: str) -> int:
+    """Bytes on the device that an optimizer keeps for each trained value."""
+    if "paged" in optimizer:
+        return 0
+    kind = next((name for name in STATE_BYTES if optimizer.startswith(name)), "adamw")
+    return STATE_BYTES[kind] // 4 if "8bit" in optimizer else STATE_BYTES[kind]
+
+
+def checkpoint_bytes(model: nn.Module, settings: Settings) -> int:
+    """Room on the disk for best/, last/ and resume/, one of them twice while it is replaced."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if settings.method in ("full", "freeze"):
+        width = 4 if settings.train.precision == "32" else 2
+        saved = sum(p.numel() for p in model.parameters()) * width
+    else:
+        saved = sum(p.nbytes for p in trained)
+    states = {"paged_adamw_32bit": 8, "paged_lion_32bit": 4}.get(
+        settings.train.optimizer, 2 if "8bit" in settings.train.optimizer else
+        state_bytes(settings.train.optimizer))  # fmt: skip
+    resume = sum(p.nbytes for p in trained) + states * sum(p.numel() for p in trained)
+    return 2 * saved + resume + max(saved, resume)

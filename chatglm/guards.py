@@ -1,0 +1,143 @@
+"""What stops a training before it wastes a night: each guard says what, where, and what to do."""
+
+import math
+import shutil
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ToolkitError
+from .loss import IGNORE
+from .settings import Settings
+
+GIB = 2**30
+
+
+def check_labels(batch: dict[str, Tensor]) -> None:
+    """Only answers are learned: nothing up to and including <sop>, and something after it.
+
+    batch: of batches.collate, on the CPU.
+
+    Raises:
+        ToolkitError: with the samples' ids.
+    """
+    labels, contexts = batch["labels"], batch["context_lengths"]
+    learned = labels != IGNORE
+    positions = torch.arange(labels.shape[1])
+    in_prompt = (learned & (positions[None] <= contexts[:, None])).any(1)
+    nothing = ~learned.any(1) & (batch["sample_index"] >= 0)
+    for wrong, what in ((in_prompt, "learn tokens of their prompt"), (nothing, "learn nothing")):
+        if wrong.any():
+            raise ToolkitError(
+                f"samples {batch['sample_index'][wrong].tolist()} {what}: build the records anew"
+                " (delete them, run python data_utils.py)"
+            )
+
+
+def check_loss(
+    loss: float, model: nn.Module, batch: dict[str, Tensor], *, step: int, precision: str
+) -> None:
+    """Stop at a loss that is not finite, or exactly 0.
+
+    Raises:
+        ToolkitError: with the step, the first layer with non-finite values, and the samples' ids.
+    """
+    if math.isfinite(loss) and loss != 0:
+        return
+    samples = batch["sample_index"].tolist()
+    if loss == 0:
+        raise ToolkitError(
+            f"the loss became 0 at step {step} on samples {samples}: nothing is learned from"
+            " them; the weights may be damaged, or the answers empty"
+        )
+    layer = first_nonfinite_layer(model, batch)
+    advice = {
+        "16": "use precision bf16, whose range is that of 32 bits",
+        "bf16": "lower learning_rate, or look at these samples",
+    }.get(precision, "lower learning_rate, or look at these samples")
+    where = f"first in {layer}" if layer else "in the loss alone"
+    raise ToolkitError(
+        f"the loss became {loss} at step {step}, {where}, on samples {samples}: {advice}"
+    )
+
+
+@torch.no_grad()
+def first_nonfinite_layer(model: nn.Module, batch: dict[str, Tensor]) -> str:
+    """Name of the first module whose parameters or output are not finite, or ""."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, _, output) -> None:
+            tensors = [output] if isinstance(output, Tensor) else []
+            tensors += list(module.parameters(recurse=False))
+            if not found and any(
+                not torch.isfinite(t).all() for t in tensors if t.is_floating_point()
+            ):
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()
+             if not list(module.children())]  # fmt: skip
+    try:
+        inputs = ("input_ids", "context_lengths", "mask_positions", "labels")
+        model(**{name: batch[name] for name in inputs}, use_cache=False, loss_only=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ""
+
+
+def check_gradients(named_gradients: Iterable[tuple[str, Tensor | None]]) -> None:
+    """After the first backward pass: every trained parameter has a gradient, and not all are zero.
+
+    Raises:
+        ToolkitError: with the names of those that have none.
+    """
+    gradients = list(named_gradients)
+    without = [name for name, gradient in gradients if gradient is None]
+    if without:
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise ToolkitError(
+            f"no gradient reaches {', '.join(without[:5])}{more}: these would be saved untrained"
+        )
+    if not any(gradient.any() for _, gradient in gradients if gradient is not None):
+        raise ToolkitError("all gradients are zero after the first step: nothing would be trained")
+
+
+def check_disk(folder: str, needed: int) -> None:
+    """Room for the checkpoints to come, in bytes.
+
+    Raises:
+        ToolkitError: with what is needed and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ToolkitError(
+            f"{folder}: {free / GIB:.1f} GiB are free, but the checkpoints of this run need"
+            f" {needed / GIB:.1f} GiB (best, last and resume, each written aside before it replaces"
+            " the older): free some, or give save_dir on another disk"
+        )
+
+
+def out_of_memory_advice(settings: Settings) -> str:
+    """What to change when a device's memory does not suffice, in the order of its effect."""
+    train, advice = settings.train, []
+    if settings.method in ("full", "freeze"):
+        advice.append("train LoRA instead (lora_info_args.with_lora true)")
+    elif not settings.quantization:
+        advice.append("hold the frozen weights in int4 (quantization_bit 4, or load_in_4bit)")
+    if not train.gradient_checkpointing:
+        advice.append("set gradient_checkpointing true")
+    if train.train_batch_size > 1:
+        half = train.train_batch_size // 2
+        twice = train.gradient_accumulation_steps * 2
+        advice.append(f"set train_batch_size {half} and gradient_accumulation_steps {twice}")
+    if settings.method in ("full", "freeze") and "8bit" not in train.optimizer:
+        advice.append("use optimizer paged_adamw_8bit")
+    advice.append(f"lower max_seq_length {train.max_seq_length}")
+    if not train.enable_deepspeed:
+        advice.append("set enable_deepspeed with ./config/deepspeed_offload.json")
+    numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(advice, start=1))
+    return f"in the order of effect: {numbered}"

@@ -1,0 +1,1 @@
+"""What is trained of a model: all, its last layers, virtual tokens, or adapters around linears."""

@@ -1,0 +1,52 @@
+"""p-tuning v2: everything is frozen but the encoder of the virtual tokens (prefix.py)."""
+
+from torch import Tensor
+
+from ..errors import ToolkitError
+from ..model import ChatGLMForConditionalGeneration
+from ..prefix import PrefixEncoder
+
+PREFIX = "transformer.prefix_encoder."
+
+
+def train_prefix(model: ChatGLMForConditionalGeneration) -> None:
+    """Freeze all but the prefix encoder."""
+    assert model.transformer.prefix_encoder is not None
+    model.requires_grad_(False)
+    model.transformer.prefix_encoder.requires_grad_(True)
+
+
+def prefix_state(model: ChatGLMForConditionalGeneration) -> dict[str, Tensor]:
+    """The encoder's tensors under the released names, `transformer.prefix_encoder.*`."""
+    return {n: t.contiguous() for n, t in model.state_dict().items() if n.startswith(PREFIX)}
+
+
+def add_prefix(
+    model: ChatGLMForConditionalGeneration, state: dict[str, Tensor], where: str
+) -> None:
+    """Give a loaded model the encoder whose tensors are in `state`, in its dtype and device.
+
+    Its size follows from the tensors: (P, layers * 2 * C), or (P, C) with a projection.
+
+    Raises:
+        ToolkitError: naming the tensors that are missing, surplus or misshapen.
+    """
+    config, table = model.config, state.get(f"{PREFIX}embedding.weight")
+    if table is None:
+        raise ToolkitError(f"{where}: no tensor {PREFIX}embedding.weight")
+    config.pre_seq_len = table.shape[0]
+    config.prefix_projection = any(name.startswith(f"{PREFIX}trans.") for name in state)
+    encoder = PrefixEncoder(config)
+    own = {f"{PREFIX}{name}": tensor.shape for name, tensor in encoder.state_dict().items()}
+    faults = [f"{name} missing" for name in own.keys() - state.keys()]
+    faults += [f"{name} surplus" for name in state.keys() - own.keys()]
+    faults += [
+        f"{name} {list(state[name].shape)} != {list(shape)}"
+        for name, shape in own.items()
+        if name in state and state[name].shape != shape
+    ]
+    if faults:
+        raise ToolkitError(f"{where}: not a prefix encoder of this model: {'; '.join(faults)}")
+    encoder.load_state_dict({n.removeprefix(PREFIX): t for n, t in state.items()})
+    encoder = encoder.to(model.device, next(iter(state.values())).dtype)
+    model.transformer.prefix_encoder = encoder.train(model.training)
