@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from chatglm import corpus, records, strategies
+from chatglm.building import read_config_file
 from chatglm.command_line import parse_settings, run_script
 from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
@@ -23,7 +24,7 @@ from chatglm.settings import (
     TrainSettings,
 )
 from chatglm.tokenizer import ChatGLMTokenizer
-from models import build_tokenizer, model_switches, read_config_file
+from models import build_tokenizer, model_switches
 
 # What to train. An empty model_name_or_path trains a tiny ChatGLM from scratch in a minute; give
 # the folder of the real weights to fine-tune them. `python train.py --help` explains each line.

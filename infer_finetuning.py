@@ -1,13 +1,13 @@
-"""Chat with weights that train.py saved.
+"""Chat with what train.py saved: full weights, or a prefix encoder on the weights under it.
 
 python infer_finetuning.py                      # ./best_ckpt/last
 python infer_finetuning.py --checkpoint ./best_ckpt/best --query 从南京到上海的路线
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chatglm.checkpoints import kind_of
 from chatglm.command_line import parse_settings, run_script
 from chatglm.errors import ToolkitError
 from chatglm.settings import ChatSettings
@@ -20,17 +20,25 @@ class CheckpointSettings:
     """Which trained weights to talk to."""
 
     checkpoint: str = "./best_ckpt/last"
-    """Folder that train.py saved: last, or best (the epoch of the lowest dev loss)."""
+    """Folder that train.py saved: last, or best (of the lowest dev loss)."""
+    model_name_or_path: str = ""
+    """The weights under a prefix encoder; empty: those it was trained on."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the checkpoint and talk."""
     groups = [(CheckpointSettings, {}, "CheckpointSettings"), (ChatSettings, {}, "ChatSettings")]
     where, chat = parse_settings(groups, argv, description="Chat with fine-tuned weights.")
-    if not os.path.isdir(where.checkpoint):
-        raise ToolkitError(f"{where.checkpoint}: no such folder; train first: python train.py")
+    if kind_of(where.checkpoint) == "adapter":
+        raise ToolkitError(
+            f"{where.checkpoint} holds an adapter: python infer_lora_finetuning.py --checkpoint"
+            f" {where.checkpoint}"
+        )
     model, tokenizer = load_for_inference(
-        where.checkpoint, precision=chat.inference_precision, device=chat.device
+        where.checkpoint,
+        precision=chat.inference_precision,
+        device=chat.device,
+        base=where.model_name_or_path,
     )
     converse(model, tokenizer, chat)
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     trainer = build_trainer(settings, callbacks, has_dev_set="dev" in records)
     fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
-    report_after(settings, model)
+    report_after(settings, model, trainer)
 
 
 def fit(trainer, module, settings: Settings, state: str | None) -> None:
@@ -101,9 +101,14 @@ def report_before(settings: Settings, model, config, data: TrainingData, *, step
         print(f"warmup_steps {train.warmup_steps} is more than a tenth of the steps: {given}")
 
 
-def report_after(settings: Settings, model) -> None:
-    """Where the result is, and how to talk to it."""
+def report_after(settings: Settings, model, trainer) -> None:
+    """What it took, where the result is, and how to talk to it."""
     train = settings.train
+    speed = float(trainer.callback_metrics["tokens_per_second"])
+    took = f"{trainer.global_step} steps, {speed:,.0f} tokens a second in the last epoch"
+    if torch.cuda.is_available():
+        took += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    print(took)
     ranks = adapter_ranks(model)
     if ranks:
         with open(os.path.join(train.save_dir, "ranks.json"), "w", encoding="utf-8") as file:

@@ -118,8 +118,8 @@ def writing(folder: str) -> Iterator[None]:
 class SaveResume(lightning.Callback):
     """Writes resume/, from which a run that was cut off goes on; removes it at the end.
 
-    After every epoch and every `save_every_steps` steps: trained parameters, optimizer, schedule,
-    position in the data and counts of the other callbacks.
+    After every epoch but the last and every `save_every_steps` steps (-1: never): trained
+    parameters, optimizer, schedule, position in the data and counts of the other callbacks.
     """
 
     def __init__(self, settings: Settings, data_digest: str):
@@ -130,14 +130,16 @@ class SaveResume(lightning.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Between epochs; a step that a dev run follows is saved after that."""
         step = trainer.global_step
-        at_step = self.every and step and step % self.every == 0 and step != self.saved_step
+        at_step = self.every > 0 and step and step % self.every == 0 and step != self.saved_step
         loop = trainer.fit_loop.epoch_loop
         if at_step and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         """The epoch is whole."""
-        self._save(trainer)
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if self.every >= 0 and not ends and trainer.current_epoch + 1 < trainer.max_epochs:
+            self._save(trainer)
 
     def _save(self, trainer) -> None:
         self.saved_step = trainer.global_step

@@ -11,7 +11,6 @@ import shutil
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -101,7 +100,7 @@ def save_trained(
     replace_folder(aside, folder)
 
 
-def _save_adapter(model: PeftModel, folder: str) -> None:
+def _save_adapter(model: nn.Module, folder: str) -> None:
     """PEFT's own format; AdaLoRA's cut ranks are left out of the file once they are final.
 
     Before that a cut singular value may have grown again since the last cut, and leaving it out
@@ -118,7 +117,7 @@ def _save_adapter(model: PeftModel, folder: str) -> None:
             config.rank_pattern = pattern
 
 
-def _cuts_hold(model: PeftModel, pattern: dict[str, list[bool]]) -> bool:
+def _cuts_hold(model: nn.Module, pattern: dict[str, list[bool]]) -> bool:
     values = {
         name.removesuffix(".default"): value
         for name, value in model.base_model.model.named_parameters()

@@ -240,16 +240,20 @@ class Watchdog:
         self._leave(FINISHED, self.timeout_seconds)
 
     def on_exception(self, error: BaseException) -> None:
-        """To be called with the error that ends this rank.
+        """To be called with the error that ends this rank, before anything else is done about it.
 
         If a lost rank caused it (gloo raises as soon as a peer dies), the process ends in here,
         with the line, once it is known which one. Of any other failure the ranks left are told.
+        After Ctrl-C or SIGTERM the ranks wait in here for rank 0, which may be saving: when a
+        process of its machine ends early, Lightning kills it.
         """
+        if not isinstance(error, Exception):
+            self._leave(INTERRUPTED, self.start_timeout_seconds if self.rank else 0)
+            return
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             self.thread.join(self.timeout_seconds + 5 * self.beat_seconds)
         failure = self._line([self.rank], f"failed with {type(error).__name__} (see its output)")
-        end = failure if isinstance(error, Exception) else INTERRUPTED
-        self._leave(end, 5 * self.beat_seconds)
+        self._leave(failure, 5 * self.beat_seconds)
 
     def _leave(self, end: str, patience_seconds: float) -> None:
         self.end = self.end or end
@@ -268,8 +272,8 @@ class Watchdog:
                     self._conclude(line)
                 died = self._wait_a_beat()
             self._exchange()
-            while self.rank == 0 and any(not state["end"] for state in self.states.values()):
-                self._wait_a_beat()  # the store lives in rank 0, which therefore leaves last
+            while self._has_to_wait():
+                self._wait_a_beat()
                 self._exchange()
         except RuntimeError as error:
             self._on_store_error(error)
@@ -299,6 +303,12 @@ class Watchdog:
             time.sleep(self.beat_seconds)
         self._conclude(self._not_joined([0]))
 
+    def _has_to_wait(self) -> bool:
+        """True for rank 0, in which the store lives, till the others leave; see on_exception."""
+        if self.rank == 0:
+            return any(not state["end"] for state in self.states.values())
+        return self.end == INTERRUPTED
+
     def _wait_a_beat(self) -> list[int]:
         """The ranks of this machine whose process ended; the first one to end ends the wait."""
         ended = [descriptor for descriptor, _ in self.poll.poll(1000 * self.beat_seconds)]
@@ -310,7 +320,7 @@ class Watchdog:
     def _exchange(self) -> None:
         """Write the own state, read the others'."""
         assert self.store is not None
-        self.beat += 1
+        self.beat += not self.end  # a rank that leaves is silent
         self._write()
         joined = [r for r in self.silence if r in self.states or self.store.check([str(r)])]
         texts = self.store.multi_get([str(rank) for rank in joined])
@@ -363,7 +373,7 @@ class Watchdog:
     def _watch_store(self) -> None:
         """The store's machine can vanish without a word: a call to it then never returns."""
         silence, beat = 0.0, self.beat
-        while self.thread.is_alive() and self.end != FINISHED:
+        while self.thread.is_alive() and not self.end:
             time.sleep(self.beat_seconds)
             silence = silence + self.beat_seconds if beat == self.beat else 0.0
             beat = self.beat
@@ -378,7 +388,7 @@ class Watchdog:
                 f" MASTER_PORT ({str(error).splitlines()[0]})"
             )
         self.store = None
-        if self.end != FINISHED and self.states.get(0, {}).get("end") != FINISHED:
+        if not self.end and self.states.get(0, {}).get("end") != FINISHED:
             self._conclude(self._line([0], "died"))
 
     def _conclude(self, line: str) -> NoReturn:

@@ -77,5 +77,7 @@ def checkpoint_bytes(model: nn.Module, settings: Settings) -> int:
     states = {"paged_adamw_32bit": 8, "paged_lion_32bit": 4}.get(
         settings.train.optimizer, 2 if "8bit" in settings.train.optimizer else
         state_bytes(settings.train.optimizer))  # fmt: skip
+    if settings.train.save_every_steps == -1:
+        return 3 * saved
     resume = sum(p.nbytes for p in trained) + states * sum(p.numel() for p in trained)
     return 2 * saved + resume + max(saved, resume)

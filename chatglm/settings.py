@@ -64,11 +64,12 @@ class TrainSettings:
     output_dir: str = "./output"
     """Folder of the built records and of the embedded model's tokenizer."""
     save_dir: str = "./best_ckpt"
-    """Folder of what is trained: best/ by dev loss, last/, and resume.ckpt while it runs."""
+    """Folder of what is trained: best/ by dev loss, last/, and resume/ while it runs."""
     save_every_steps: int = 500
-    """Optimizer steps between writing resume.ckpt, beside once an epoch; 0: only then."""
+    """Optimizer steps between writing resume/, beside once an epoch; 0: only then, -1: never, and
+    a run that is cut off starts anew."""
     resume: bool | None = None
-    """Go on from resume.ckpt in save_dir; null: if there is one, true: it must be there, false:
+    """Go on from resume/ in save_dir; null: if there is one, true: it must be there, false:
     start anew."""
     max_seq_length: int = 1024
     """Longest sample in tokens, prompt and answer together."""
@@ -130,7 +131,8 @@ class TrainSettings:
         _at_least(self, 1, "gradient_accumulation_steps", "max_epochs", "eval_every_steps")
         _at_least(self, 1, "early_stopping_patience", "rank_timeout_seconds")
         _at_least(self, 0, "warmup_steps", "weight_decay", "learning_rate", "max_grad_norm")
-        _at_least(self, 0, "seed", "adam_epsilon", "save_every_steps", "mix_ratio")
+        _at_least(self, 0, "seed", "adam_epsilon", "mix_ratio")
+        _at_least(self, -1, "save_every_steps")
         if self.seed >= 2**32:
             raise ToolkitError(f"seed {self.seed}: allowed is 0 to {2**32 - 1}")
         if not all(0 <= beta < 1 for beta in self.optimizer_betas):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from .settings import ChatSettings
 
 HELP = "/clear forgets the conversation, /exit ends it, Ctrl-C stops an answer"
+ADAPTER_HELP = ", /adapter NAME changes the adapter (none: the bare weights)"
 
 
 def converse(model, tokenizer, chat: ChatSettings) -> None:
@@ -19,18 +20,35 @@ def converse(model, tokenizer, chat: ChatSettings) -> None:
     if chat.query is not None:
         _answer(model, tokenizer, chat, chat.query, history)
         return
+    help_line = HELP + (ADAPTER_HELP if hasattr(model, "peft_config") else "")
     if sys.stdin.isatty():
-        print(HELP)
+        print(help_line)
     for question in _questions():
         if question == "/exit":
             return
         if question == "/clear":
             history = []
             print("the conversation starts anew")
+        elif question.startswith("/adapter") and hasattr(model, "peft_config"):
+            history = _change_adapter(model, question.removeprefix("/adapter").strip(), history)
         elif question.startswith("/"):
-            print(f"unknown command {question}; {HELP}")
+            print(f"unknown command {question}; {help_line}")
         elif question:
             history = _answer(model, tokenizer, chat, question, history)
+
+
+def _change_adapter(model, name: str, history):
+    """Make the named adapter answer from here on; a change starts the conversation anew."""
+    if name == "none":
+        model.base_model.disable_adapter_layers()
+    elif name in model.peft_config:
+        model.base_model.enable_adapter_layers()
+        model.set_adapter(name)
+    else:
+        print(f"adapters: {', '.join(model.peft_config)}, none")
+        return history
+    print(f"adapter {name}; the conversation starts anew")
+    return []
 
 
 def _questions() -> Iterator[str]:

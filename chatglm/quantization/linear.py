@@ -45,7 +45,7 @@ def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """x (.., in) times the dequantised weight, (.., out); the backward pass dequantises again.
+    """x (N, in) times the dequantised weight, (N, out); the backward pass dequantises again.
 
     Kept for the backward pass are the packed weights, not the matrix: a quarter of the bytes for
     int4 against half a precision.
@@ -64,7 +64,7 @@ class _QuantizedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_x = gradient @ dequantize_rows(weight, scale, ctx.bits, gradient.dtype)
         if ctx.needs_input_grad[3]:
-            for_bias = gradient.flatten(0, -2).sum(0)
+            for_bias = gradient.sum(0)
         return for_x, None, None, for_bias, None
 
 
@@ -91,7 +91,11 @@ class QuantizedLinear(nn.Linear):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return _QuantizedProduct.apply(x, self.weight, self.weight_scale, self.bias, self.bits)
+        rows = x.flatten(0, -2)
+        product = _QuantizedProduct.apply(
+            rows, self.weight, self.weight_scale, self.bias, self.bits
+        )
+        return product.view(*x.shape[:-1], self.out_features)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """A plain linear of the same values."""

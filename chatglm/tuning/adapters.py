@@ -149,6 +149,15 @@ def _check_adapter(model: PeftModel, name: str, folder: str) -> None:
         )
 
 
+def describe_adapters(model: PeftModel) -> str:
+    """One line an adapter: its name, kind, rank, and what it stands on."""
+    return "\n".join(
+        f"loaded adapter {name!r}: {config.peft_type.value}, rank"
+        f" {getattr(config, 'target_r', None) or config.r}, on {', '.join(config.target_modules)}"
+        for name, config in model.peft_config.items()
+    )
+
+
 def merge_adapter(model: PeftModel) -> ChatGLMForConditionalGeneration:
     """The plain model with the active adapter added into its weights.
 

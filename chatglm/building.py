@@ -1,0 +1,213 @@
+"""A model out of settings: shape, weights, method; and any saved folder to chat with."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoints import kind_of, load_prefix, read_settings_json
+from .configuration import ChatGLMConfig
+from .errors import ToolkitError
+from .model import ChatGLMForConditionalGeneration
+from .settings import EMBEDDED_CONFIG, LARGE_MODEL, ModelSettings, Settings
+from .tokenizer import ChatGLMTokenizer, train_tokenizer
+from .tuning.adapters import describe_adapters, load_adapters, read_adapter_config
+from .tuning.apply import apply_method
+from .weights import (
+    DTYPES,
+    check_tokenizer,
+    describe,
+    find_folder,
+    load_config,
+    load_model,
+    load_pretrained,
+    load_tokenizer,
+)
+
+
+def build_tokenizer(settings: Settings, texts: list[str]) -> tuple[ChatGLMTokenizer, ChatGLMConfig]:
+    """Tokenizer and shape: those of the weights, or the embedded ones trained on `texts`."""
+    train = settings.train
+    if train.from_scratch:
+        where = EMBEDDED_CONFIG if train.config_name is None else train.config_name
+        config = load_config(where)
+        folder = f"{train.output_dir}/tiny_tokenizer"
+        tokenizer = train_tokenizer(texts, folder, vocab_size=config.vocab_size)
+    else:
+        where = find_folder(train.model_name_or_path)
+        config, tokenizer = load_config(where), load_tokenizer(where)
+    check_tokenizer(tokenizer, config, where)
+    if train.max_seq_length > config.max_sequence_length:
+        raise ToolkitError(
+            f"max_seq_length {train.max_seq_length}: this model reads at most"
+            f" max_sequence_length {config.max_sequence_length}"
+        )
+    return tokenizer, config
+
+
+def build_model(settings: Settings, config: ChatGLMConfig, *, total_steps: int) -> nn.Module:
+    """The model to train, with `settings.method` applied.
+
+    Frozen weights are held in the precision of the arithmetic, trained ones in trained_precision.
+    New weights are drawn from the seed.
+
+    Raises:
+        ToolkitError: if the weights can't be trained that way.
+    """
+    torch.manual_seed(settings.train.seed)
+    model = _load_to_train(settings, config)
+    model.train()
+    if settings.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return apply_method(model, settings, total_steps=total_steps)
+
+
+def _load_to_train(settings: Settings, config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
+    train = settings.train
+    if train.from_scratch:
+        model = ChatGLMForConditionalGeneration(config)
+        where = EMBEDDED_CONFIG if train.config_name is None else train.config_name
+        print(describe(model, f"{where} (new weights)"))
+        return model
+    folder = find_folder(train.model_name_or_path)
+    if config.quantization_bit and settings.method in ("full", "freeze"):
+        raise ToolkitError(
+            f"{folder}: int{config.quantization_bit} weights can't be trained themselves; name the"
+            " fp16 weights, or train LoRA, AdaLoRA or p-tuning on them"
+        )
+    if config.quantization_bit and settings.lora.use_dora:
+        raise ToolkitError(
+            f"{folder}: lora_info_args.use_dora needs unquantised weights, these are"
+            f" int{config.quantization_bit}"
+        )
+    if settings.method == "ptuning":
+        config.pre_seq_len = settings.model.pre_seq_len
+        config.prefix_projection = bool(settings.model.prefix_projection)
+    bits = _bitsandbytes_bits(settings.model)
+    on_gpu = bool(bits) and torch.cuda.is_available()
+    model = load_model(
+        folder,
+        config,
+        dtype=torch.float32 if settings.method == "full" else DTYPES[train.precision],
+        device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu
+        else torch.device("cpu"),  # Lightning moves it
+        quantization_bit=settings.model.quantization_bit or 0,
+        bitsandbytes_bits=bits,
+    )  # fmt: skip
+    print(describe(model, folder))
+    return model
+
+
+def _bitsandbytes_bits(switches: ModelSettings) -> int:
+    return 8 if switches.load_in_8bit else 4 if switches.load_in_4bit else 0
+
+
+def resolve_settings(settings: Settings, config: ChatGLMConfig) -> Settings:
+    """The settings with "auto" and null filled in where they depend on the weights.
+
+    Raises:
+        ToolkitError: if settings and config.json contradict each other.
+    """
+    train = settings.train
+    named = getattr(config, "precision", None)
+    if not train.from_scratch and train.config_name is not None:
+        named = _check_config_file(train.config_name, config, named)
+    if named not in (None, 16, 32):
+        raise ToolkitError(f"config.json: precision {named!r}; allowed are 16 and 32")
+    if named is not None and train.precision not in ("auto", str(named)):
+        raise ToolkitError(
+            f"precision {train.precision} contradicts config.json's precision {named}: change one"
+        )
+    precision = train.precision if named is None else str(named)
+    if precision == "16" and not torch.cuda.is_available():
+        raise ToolkitError("precision 16 needs a GPU; on a CPU use 32 or bf16")
+    if precision == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16" if has_bf16 else "32"
+    checkpointing = train.gradient_checkpointing
+    if checkpointing is None:
+        width = config.hidden_size * (4 * config.hidden_size + 2 * config.inner_hidden_size)
+        checkpointing = config.num_layers * width > LARGE_MODEL
+    changed = dataclasses.replace(train, precision=precision, gradient_checkpointing=checkpointing)
+    return dataclasses.replace(settings, train=changed)
+
+
+def _check_config_file(path: str, config: ChatGLMConfig, named: Any) -> Any:
+    """The precision that stands in config_name's file; its shape must be the weights'."""
+    content = read_config_file(path)
+    for name, value in content.items():
+        if name in ("precision", "pre_seq_len", "prefix_projection", "quantization_bit"):
+            continue
+        if hasattr(config, name) and getattr(config, name) != value and name in config.SHAPE:
+            raise ToolkitError(
+                f"{path}: {name} {value!r}, but the weights have {getattr(config, name)!r}"
+            )
+    return content.get("precision", named)
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The content of a config.json as it stands.
+
+    Raises:
+        ToolkitError: if it can't be read as a JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ToolkitError(f"{path}: not a readable config.json ({error})") from None
+    if not isinstance(content, dict):
+        raise ToolkitError(f"{path}: expected a JSON object")
+    return content
+
+
+def load_for_inference(
+    folder: str,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    base: str = "",
+    adapters: dict[str, str] | None = None,
+) -> tuple[Any, ChatGLMTokenizer]:
+    """Model and tokenizer, ready to chat, of whatever the folder holds; says what was loaded.
+
+    folder: weights, a hub name, a prefix encoder or a LoRA or AdaLoRA adapter; the last two are put
+    on `base`, or on the weights that they were trained on. adapters: more of them by name, beside
+    the folder's, which is "default".
+
+    Raises:
+        ToolkitError: if anything is missing or does not fit.
+    """
+    kind = kind_of(folder) if os.path.isdir(folder) else "weights"
+    if kind == "weights":
+        model, tokenizer = load_pretrained(folder, precision=precision, device=device)
+        print(describe(model, folder))
+        return model, tokenizer
+    run = read_settings_json(folder)
+    under = base or run.get("model_name_or_path") or ""
+    if not under and kind == "adapter":
+        under = read_adapter_config(folder).get("base_model_name_or_path") or ""
+    if not under:
+        raise ToolkitError(
+            f"{folder} holds {'an adapter' if kind == 'adapter' else 'a prefix encoder'} alone and"
+            " does not say on which weights: give --model_name_or_path"
+        )
+    bits = 8 if run.get("load_in_8bit") else 4 if run.get("load_in_4bit") else 0
+    model, tokenizer = load_pretrained(
+        under,
+        precision=precision,
+        device=device,
+        quantization_bit=run.get("quantization_bit") or 0,
+        bitsandbytes_bits=bits,
+    )
+    print(describe(model, under))
+    if kind == "prefix":
+        load_prefix(model, folder)
+        print(f"loaded {folder}: {model.config.pre_seq_len} virtual tokens")
+        return model, tokenizer
+    tuned = load_adapters(model, {"default": folder, **(adapters or {})})
+    print(describe_adapters(tuned))
+    return tuned, tokenizer
