@@ -66,7 +66,7 @@ def merge(model, tokenizer, folder: str):
             "the weights are quantised: they are dequantised for the merge, and saved unquantised"
         )
     merged = merge_adapter(model)
-    save_folder(merged, tokenizer, "{}\n", folder, dtype=merged.dtype)
+    save_folder(merged, merged.state_dict(), tokenizer, "{}\n", folder, dtype=merged.dtype)
     print(f"saved {folder}: python infer.py --model_name_or_path {folder}")
     return merged
 

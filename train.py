@@ -7,12 +7,14 @@ python train.py --help              # every setting as a flag
 import functools
 import json
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from chatglm.callbacks import LossCurve, Rehearsal, SaveResume, SaveTrained, find_resume
 from chatglm.checkpoints import check_saved, save_trained
+from chatglm.cluster import cluster_from_environment
 from chatglm.command_line import run_script
 from chatglm.errors import ToolkitError
 from chatglm.estimates import checkpoint_bytes, estimate_memory
@@ -24,7 +26,6 @@ from chatglm.trainer import build_trainer
 from chatglm.training import ChatGLMTraining, TrainingData
 from chatglm.tuning.adapters import adapter_ranks
 from chatglm.tuning.apply import parameter_table
-from chatglm.weights import DTYPES
 from data_utils import DataHelper, read_settings
 from models import build_model, resolve_settings
 
@@ -33,13 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Settings, records, model, fit."""
     settings, _ = read_settings(argv, description="Train ChatGLM.")
     schedule_options(settings.train)
+    available = torch.cuda.device_count()
+    cluster = cluster_from_environment(
+        settings.train.devices, available=available, environ=os.environ
+    )
+    if cluster.node_rank or cluster.local_rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first process speaks for all
     helper = DataHelper(settings)
     settings = resolve_settings(settings, helper.config)
     splits = ("train", "mix", "dev")
     paths = [helper.make_dataset_with_args(split) for split in splits]
     records = {s: RecordFile(path) for s, path in zip(splits, paths, strict=True) if path}
     data = TrainingData(records, pad_token_id=helper.config.pad_token_id)
-    steps = data.total_steps(settings)
+    steps = data.total_steps(settings, world_size=cluster.world_size)
     model = build_model(settings, helper.config, total_steps=steps)
     os.makedirs(settings.train.save_dir, exist_ok=True)
     report_before(settings, model, helper.config, data, steps=steps)
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SaveTrained(settings.train.save_dir, save, has_dev_set="dev" in records),
         SaveResume(settings, data.digest()),
     ]
-    trainer = build_trainer(settings, callbacks, has_dev_set="dev" in records)
+    trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in records)
     fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
     report_after(settings, model, trainer)
 
@@ -66,15 +73,12 @@ def fit(trainer, module, settings: Settings, state: str | None) -> None:
         raise ToolkitError(f"{reason} {out_of_memory_advice(settings)}") from None
 
 
-def save_and_check(model, settings: Settings, tokenizer, batch, folder: str) -> None:
+def save_and_check(model, settings: Settings, tokenizer, batch, state: dict, folder: str) -> None:
     """Write what was trained and read it back."""
-    dtype = DTYPES[settings.train.precision]
-    save_trained(model, settings, folder, tokenizer=tokenizer, dtype=dtype)
+    save_trained(model, state, settings, folder, tokenizer=tokenizer)
     device = next(model.parameters()).device
-    rows = {
-        name: tensor[:2].to(device) if tensor.dim() else tensor for name, tensor in batch.items()
-    }
-    check_saved(model, settings, folder, rows)
+    names = ("input_ids", "context_lengths", "mask_positions")
+    check_saved(model, state, settings, folder, {n: batch[n][:2].to(device) for n in names})
 
 
 def report_before(settings: Settings, model, config, data: TrainingData, *, steps: int) -> None:

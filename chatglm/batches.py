@@ -8,10 +8,10 @@ is needed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .loss import IGNORE
@@ -108,12 +108,12 @@ class SampleDataset(Dataset):
         raise IndexError(index)
 
 
-def collate(items, *, pad_token_id: int) -> dict[str, Tensor]:
+def collate(items, *, pad_token_id: int) -> dict[str, Any]:
     """A batch of (item, sample).
 
     input_ids and labels (B, T): -100 up to and including <sop>, and on pads. context_lengths and
     mask_positions (B,): the [gMASK] is the last context token. sample_index (B,). num_tokens and
-    learned_tokens (), pads not counted. num_items_in_batch (): see BatchPlan.
+    learned_tokens (), pads not counted. num_items_in_batch, a number: see BatchPlan.
     """
     longest = max(len(sample.input_ids) for _, sample in items)
     input_ids = torch.full((len(items), longest), pad_token_id, dtype=torch.long)
@@ -133,7 +133,7 @@ def collate(items, *, pad_token_id: int) -> dict[str, Tensor]:
         "sample_index": torch.tensor([item.index for item, _ in items]),
         "num_tokens": torch.tensor(sum(len(sample.input_ids) for _, sample in items)),
         "learned_tokens": (labels != IGNORE).sum(),
-        "num_items_in_batch": torch.tensor(items[0][0].tokens_per_batch),
+        "num_items_in_batch": items[0][0].tokens_per_batch,
     }
 
 
@@ -149,7 +149,7 @@ def build_loader(dataset: SampleDataset, plan: BatchPlan, *, pad_token_id: int) 
 
 def longest_batch(
     dataset: SampleDataset, tokens: np.ndarray, *, batch_size: int, pad_token_id: int
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The batch that takes the most memory: the `batch_size` longest samples."""
     longest = np.argsort(-tokens, kind="stable")[:batch_size].tolist()
     return collate(dataset[[Item(index, 1.0) for index in longest]], pad_token_id=pad_token_id)

@@ -86,17 +86,16 @@ def _load_to_train(settings: Settings, config: ChatGLMConfig) -> ChatGLMForCondi
     if settings.method == "ptuning":
         config.pre_seq_len = settings.model.pre_seq_len
         config.prefix_projection = bool(settings.model.prefix_projection)
-    bits = _bitsandbytes_bits(settings.model)
-    on_gpu = bool(bits) and torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and not train.enable_deepspeed  # which places it itself
+    whole = settings.method == "full" and not train.enable_deepspeed
     model = load_model(
         folder,
         config,
-        dtype=torch.float32 if settings.method == "full" else DTYPES[train.precision],
-        device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu
-        else torch.device("cpu"),  # Lightning moves it
+        dtype=torch.float32 if whole else DTYPES[train.precision],
+        device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"),
         quantization_bit=settings.model.quantization_bit or 0,
-        bitsandbytes_bits=bits,
-    )  # fmt: skip
+        bitsandbytes_bits=_bitsandbytes_bits(settings.model),
+    )
     print(describe(model, folder))
     return model
 

@@ -11,12 +11,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors import SafetensorError
-from torch import Tensor
 
 from .errors import ToolkitError
 from .guards import check_gradients
 from .settings import Settings
+from .sharding import whole_state
 from .weights import recover_folder, replace_folder
 
 STATE_FILE = "state.ckpt"
@@ -30,12 +31,14 @@ class Rehearsal(lightning.Callback):
     the gradients are thrown away, and every step seeds its own draws.
     """
 
-    def __init__(self, batch: dict[str, Tensor]):
+    def __init__(self, batch: dict[str, Any]):
         self.batch = batch
 
     def on_train_start(self, trainer, module) -> None:
-        """Run it; print the peak of the card's memory."""
-        batch = {name: tensor.to(module.device) for name, tensor in self.batch.items()}
+        """Run it; print the peak of the card's memory. Not under DeepSpeed, which splits up."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            return
+        batch = trainer.strategy.batch_to_device(self.batch)
         trained = {n: p for n, p in module.model.named_parameters() if p.requires_grad}
         with trainer.precision_plugin.forward_context():
             loss = module(batch)
@@ -57,7 +60,7 @@ class SaveTrained(lightning.Callback):
     Without a dev set, best/ is by the train loss of an epoch. `save` writes and checks a folder.
     """
 
-    def __init__(self, folder: str, save: Callable[[str], None], *, has_dev_set: bool):
+    def __init__(self, folder: str, save: Callable[[dict, str], None], *, has_dev_set: bool):
         self.folder, self.save, self.has_dev_set = folder, save, has_dev_set
         self.best, self.dev_step = float("inf"), -1
 
@@ -96,9 +99,12 @@ class SaveTrained(lightning.Callback):
             self._save(trainer, "best")
 
     def _save(self, trainer, name: str) -> None:
+        state = whole_state(trainer.lightning_module.model)  # all ranks together
         if trainer.is_global_zero:
-            with writing(os.path.join(self.folder, name)):
-                self.save(os.path.join(self.folder, name))
+            arithmetic = trainer.precision_plugin.forward_context()
+            with writing(os.path.join(self.folder, name)), arithmetic:
+                self.save(state, os.path.join(self.folder, name))
+        trainer.strategy.barrier()
 
 
 @contextlib.contextmanager

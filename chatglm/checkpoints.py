@@ -5,6 +5,7 @@ a rank or the base weights twice.
 """
 
 import copy
+import glob
 import json
 import os
 import shutil
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 from .errors import ToolkitError
 from .model import ChatGLMForConditionalGeneration
 from .settings import Settings
+from .sharding import is_split
 from .tokenizer import ChatGLMTokenizer
 from .tuning.adapters import CONFIG_FILE, load_adapters
 from .tuning.prompt import PREFIX, add_prefix, prefix_state
-from .weights import recover_folder, replace_folder, save_folder, weight_files
+from .weights import DTYPES, recover_folder, replace_folder, save_folder, weight_files
 
 PREFIX_FILE = "prefix_encoder.safetensors"
+CHECKED_POSITIONS = 64
+"""The last so many of a batch have their logits compared: all would be 1 GB at 130528 rows."""
 Kind = Literal["weights", "prefix", "adapter"]
 
 
@@ -73,34 +77,38 @@ def load_prefix(model: ChatGLMForConditionalGeneration, folder: str) -> None:
 
 def save_trained(
     model: nn.Module,
+    state: dict[str, Tensor],
     settings: Settings,
     folder: str,
     *,
     tokenizer: ChatGLMTokenizer,
-    dtype: torch.dtype,
 ) -> None:
-    """What `settings.method` trained, whole or not at all; full weights in `dtype`.
+    """What `settings.method` trained, whole or not at all.
+
+    state: the model's, of sharding.whole_state. Full weights are saved in the precision of the
+    arithmetic, virtual tokens and adapters in that of training.
 
     Raises:
         ToolkitError: if it can't be written; what stood in the folder stands then.
     """
     if settings.method in ("full", "freeze"):
-        save_folder(model, tokenizer, settings.as_json(), folder, dtype=dtype)
+        dtype = DTYPES[settings.train.precision]
+        save_folder(model, state, tokenizer, settings.as_json(), folder, dtype=dtype)
         return
     aside = f"{folder}.part"
     shutil.rmtree(aside, ignore_errors=True)
     os.makedirs(aside)
     if settings.method == "ptuning":
-        save_file(prefix_state(model), os.path.join(aside, PREFIX_FILE), metadata={"format": "pt"})
+        save_file(prefix_state(state), os.path.join(aside, PREFIX_FILE), metadata={"format": "pt"})
         model.config.save_pretrained(aside)
     else:
-        _save_adapter(model, aside)
+        _save_adapter(model, state, aside)
     with open(os.path.join(aside, "settings.json"), "w", encoding="utf-8") as file:
         file.write(settings.as_json())
     replace_folder(aside, folder)
 
 
-def _save_adapter(model: nn.Module, folder: str) -> None:
+def _save_adapter(model: nn.Module, state: dict[str, Tensor], folder: str) -> None:
     """PEFT's own format; AdaLoRA's cut ranks are left out of the file once they are final.
 
     Before that a cut singular value may have grown again since the last cut, and leaving it out
@@ -111,7 +119,7 @@ def _save_adapter(model: nn.Module, folder: str) -> None:
     if pattern and not _cuts_hold(model, pattern):
         config.rank_pattern = None
     try:
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     finally:
         if pattern:
             config.rank_pattern = pattern
@@ -130,29 +138,38 @@ def _cuts_hold(model: nn.Module, pattern: dict[str, list[bool]]) -> bool:
 
 
 def check_saved(
-    model: nn.Module, settings: Settings, folder: str, batch: dict[str, Tensor]
+    model: nn.Module,
+    state: dict[str, Tensor],
+    settings: Settings,
+    folder: str,
+    batch: dict[str, Tensor],
 ) -> None:
     """Read a saved folder back and compare the logits of `batch` with the trained model's.
 
     An adapter or prefix encoder is loaded, the way the infer scripts do, onto a copy of the model
     that shares its frozen weights and has NaN for trained ones. Full weights are lent from the file
-    to each module for its forward pass, so that no second model needs room.
+    to each module for its forward pass, so that no second model needs room. Of a model that ZeRO-3
+    has split, the tensors are compared instead, with `state`.
 
     Raises:
         ToolkitError: if they differ by more than the rounding of the file's precision.
     """
+    if is_split(model):
+        _check_tensors(state, folder)
+        return
     training = model.training
     model.eval()
     inputs = {n: batch[n] for n in ("input_ids", "context_lengths", "mask_positions")}
+    inputs |= {"use_cache": False, "logits_to_keep": CHECKED_POSITIONS}
     with torch.no_grad():
-        expected = model(**inputs, use_cache=False).logits
+        expected = model(**inputs).logits
         if settings.method in ("full", "freeze"):
             exact = settings.train.precision == "32"
             with _LentWeights(model, folder):
-                found = model(**inputs, use_cache=False).logits
+                found = model(**inputs).logits
         else:
             exact = True
-            found = _reloaded(model, settings, folder)(**inputs, use_cache=False).logits
+            found = _reloaded(model, settings, folder)(**inputs).logits
     model.train(training)
     difference = (found - expected).abs().max().item()
     allowed = (1e-5 if exact else 0.05) * max(expected.abs().max().item(), 1.0)
@@ -161,6 +178,20 @@ def check_saved(
             f"{folder}: read back, its logits differ by {difference:.3g} from those of the model"
             f" in training (allowed {allowed:.3g}); the disk may be damaged"
         )
+
+
+def _check_tensors(state: dict[str, Tensor], folder: str) -> None:
+    """Every tensor of the folder's files is the one in `state`, rounded to the file's precision."""
+    own = {
+        name.replace(".modules_to_save", "").replace(".default", ""): tensor
+        for name, tensor in state.items()
+    }
+    for path in [*weight_files(folder), *glob.glob(os.path.join(folder, "*er*.safetensors"))]:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_tensor(name)
+                if not torch.equal(stored, own[name].to(stored.dtype)):
+                    raise ToolkitError(f"{path}: read back, {name} is not what was saved")
 
 
 def _reloaded(model: nn.Module, settings: Settings, folder: str) -> nn.Module:

@@ -5,14 +5,13 @@ environment: torchrun, SLURM's srun, or Lightning itself, which starts one proce
 machine when `python train.py` is run there once. `cluster_from_environment` reads it the way
 Lightning does (plugins/environments), but refuses what Lightning would wait on for ever.
 
-torch.distributed waits 30 minutes for a rank that is gone (NCCL: 10), then raises without a name.
-Hence the watchdog: every rank writes a heartbeat into the store at which the ranks have met and
-reads all others', in a thread of its own, since the main thread is stuck in a collective then. It
-talks to that store over a connection of its own: a second store would need a second open port,
-and the connection of the process group is locked for as long as a collective's set-up waits on it.
+torch.distributed waits 30 minutes for a rank that is gone, then raises without naming it. Hence the
+watchdog: every rank writes a heartbeat into the store where the ranks have met, and reads all
+others', in a thread, since the main thread is stuck in a collective then. It has a connection of
+its own to that store: the process group's is locked for as long as the main thread waits on it,
+and a second store would need a second open port.
 """
 
-import fcntl
 import json
 import os
 import select
@@ -176,6 +175,8 @@ def set_network_interface(environ: MutableMapping[str, str]) -> None:
     gloo takes the address that this machine's name stands for in /etc/hosts, often 127.0.1.1 and
     of no use to other machines. NCCL looks at the interfaces themselves, and is left alone.
     """
+    import fcntl  # not on Windows, where one process can train all the same
+
     address = address_towards(environ.get("MASTER_ADDR", "127.0.0.1"))
     if "GLOO_SOCKET_IFNAME" in environ or address.startswith("127."):
         return
@@ -251,14 +252,17 @@ class Watchdog:
             self._leave(INTERRUPTED, self.start_timeout_seconds if self.rank else 0)
             return
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-            self.thread.join(self.timeout_seconds + 5 * self.beat_seconds)
-        failure = self._line([self.rank], f"failed with {type(error).__name__} (see its output)")
-        self._leave(failure, 5 * self.beat_seconds)
+            self._wait(self.timeout_seconds + 5 * self.beat_seconds)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        self._leave(self._line([self.rank], f"failed ({reason})"), 5 * self.beat_seconds)
 
     def _leave(self, end: str, patience_seconds: float) -> None:
         self.end = self.end or end
+        self._wait(patience_seconds)
+
+    def _wait(self, seconds: float) -> None:
         if self.thread.is_alive():
-            self.thread.join(patience_seconds)
+            self.thread.join(seconds)
 
     def _run(self) -> None:
         try:

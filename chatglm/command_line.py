@@ -6,6 +6,7 @@ jsonargparse does the reading; unknown names are refused with the nearest known 
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -80,10 +81,9 @@ def _spell_out_true(
         for name, kind in get_type_hints(group).items()
         if bool in (kind, *get_args(kind))
     }
-    following = [*arguments[1:], "--"]
     return [
         f"{argument}=true" if argument in switches and after.startswith("--") else argument
-        for argument, after in zip(arguments, following, strict=True)
+        for argument, after in itertools.pairwise([*arguments, "--"])
     ]
 
 
@@ -119,7 +119,8 @@ def _refuse_unknown(keys: Any, known: list[str], where: str) -> None:
 
 
 def _check_arguments(arguments: list[str], known: list[str]) -> None:
-    flags: list[str] = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
+    # `--name+ value` appends to a list.
+    flags = [a[2:].split("=")[0].removesuffix("+") for a in arguments if a.startswith("--")]
     _refuse_unknown(flags, [*known, "config", "help", "print_config"], "command line")
     for position, argument in enumerate(arguments):
         if argument.split("=")[0] != "--config":

@@ -9,9 +9,10 @@ from .settings import Settings
 
 STATE_BYTES = {"adamw": 8, "adam": 8, "lamb": 8, "lion": 4, "adafactor": 0}
 """Of the optimizer, for each trained value; 8-bit ones keep a quarter, paged ones move away."""
-ACTIVATION_WIDTHS = 16
+ACTIVATION_WIDTHS = 18
 """Activations that a block keeps for its backward pass, in hidden widths a token: the inputs of
-both norms and four linears, q, k, v, the attention's output, and the inner layer twice (4 each)."""
+both norms and of the two linears after them, q, k and v as they come (3), q and k turned, the
+attention's output, and the inner layer twice (4 each)."""
 
 
 @dataclass(frozen=True)

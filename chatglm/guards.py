@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,10 @@ def check_loss(
 
 @torch.no_grad()
 def first_nonfinite_layer(model: nn.Module, batch: dict[str, Tensor]) -> str:
-    """Name of the first module whose parameters or output are not finite, or ""."""
+    """Name of the first module whose parameters or output are not finite, or "".
+
+    A module is done after those inside it, so the innermost one is named.
+    """
     found: list[str] = []
 
     def watch(name: str):
@@ -78,8 +82,7 @@ def first_nonfinite_layer(model: nn.Module, batch: dict[str, Tensor]) -> str:
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()
-             if not list(module.children())]  # fmt: skip
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         inputs = ("input_ids", "context_lengths", "mask_positions", "labels")
         model(**{name: batch[name] for name in inputs}, use_cache=False, loss_only=True)
@@ -107,12 +110,13 @@ def check_gradients(named_gradients: Iterable[tuple[str, Tensor | None]]) -> Non
 
 
 def check_disk(folder: str, needed: int) -> None:
-    """Room for the checkpoints to come, in bytes.
+    """Room for the checkpoints to come, in bytes; those that stand there are replaced.
 
     Raises:
         ToolkitError: with what is needed and what is free.
     """
-    free = shutil.disk_usage(folder).free
+    standing = [p for name in ("best", "last", "resume") for p in Path(folder, name).rglob("*")]
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in standing)
     if free < needed:
         raise ToolkitError(
             f"{folder}: {free / GIB:.1f} GiB are free, but the checkpoints of this run need"

@@ -13,6 +13,7 @@ P virtual tokens of a prefix. Tensor names of the state dict are the released on
 """
 
 import logging
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,9 @@ class SelfAttention(nn.Module):
             k, v = (torch.cat(pair, dim=2) for pair in zip(prefix, (k, v), strict=True))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)  # (B, H, S, D)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        # Gradient checkpointing comes back here without the caller's choice of kernels.
+        with sdpa_kernel(ATTENTION_KERNELS) if torch.is_grad_enabled() else nullcontext():
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.dense(context.transpose(1, 2).flatten(2))
 
 
@@ -245,7 +248,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.prefix_encoder is None or started:
             return [None] * self.config.num_layers
         both = self.prefix_encoder(hidden.shape[0], hidden.dtype)  # (2 * layers, B, H, P, D)
-        return list(zip(both[0::2], both[1::2], strict=True))
+        each = both.unbind(0)
+        return list(zip(each[0::2], each[1::2], strict=True))
 
     def _check_length(self, length: int) -> None:
         longest = self.config.max_sequence_length

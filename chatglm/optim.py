@@ -103,12 +103,15 @@ def build_optimizer(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups: matrices, which decay; biases and norms, which don't."""
+    """Trained parameters in two groups: matrices, which decay; biases and norms, which don't.
+
+    A group without parameters is left out.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    matrices = [p for p in trained if p.dim() > 1]
+    others = [p for p in trained if p.dim() <= 1]
+    groups = ((matrices, weight_decay), (others, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
 def warmup_steps(settings: TrainSettings, total_steps: int) -> int:

@@ -388,9 +388,18 @@ class Settings:
 
     def differing(self, other: dict[str, Any]) -> list[str]:
         """Names of the settings whose value in `other` would make another run of this one."""
-        own = json.loads(self.as_json())
-        names = (own.keys() | other.keys()) - set(WITHOUT_EFFECT_ON_THE_RESULT)
-        return sorted(name for name in names if own.get(name) != other.get(name))
+        own, others = _flat(json.loads(self.as_json())), _flat(other)
+        names = (own.keys() | others.keys()) - set(WITHOUT_EFFECT_ON_THE_RESULT)
+        return sorted(name for name in names if own.get(name) != others.get(name))
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """`section.name` for what stands in a section."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inside = isinstance(value, dict)
+        flat |= {f"{name}.{key}": value[key] for key in value} if inside else {name: value}
+    return flat
 
 
 def _first_set(*values: Any) -> Any:
@@ -450,6 +459,6 @@ class ChatSettings:
 def _at_least(settings: Any, bound: float, *names: str, name_in: str = "") -> None:
     for name in names:
         value = getattr(settings, name)
-        if value is not None and value < bound:
+        if value is not None and not value >= bound:  # NaN is not
             full = f"{name_in}.{name}".removeprefix(".")
             raise ToolkitError(f"{full} {value}: allowed is {bound} and above")

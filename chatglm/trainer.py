@@ -3,35 +3,88 @@
 import logging
 import os
 import warnings
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import lightning
 from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from .callbacks import DirectCheckpointIO
+from .cluster import Cluster, Watchdog, set_network_interface
 from .settings import Settings
+from .sharding import AnyDeviceDeepSpeed, read_deepspeed_config
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device tables
 warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the plan is
 warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`")
 
 
+class _Watched:
+    """Mixed into a strategy: the watchdog runs from before the ranks meet until they part."""
+
+    watchdog: Watchdog | None = None
+    watch: ClassVar[dict[str, Any]] = {}
+
+    def setup_distributed(self: Any) -> None:
+        """Start watching first, so that a machine that never comes is named."""
+        self.set_world_ranks()
+        nodes = self.cluster_environment
+        if self.world_size > 1:
+            self.watchdog = Watchdog(
+                self.global_rank,
+                self.world_size,
+                address=nodes.main_address,
+                port=nodes.main_port,
+                **self.watch,
+            )
+            self.watchdog.start()
+        set_network_interface(os.environ)
+        super().setup_distributed()  # type: ignore[misc]
+
+    def teardown(self) -> None:
+        """An end is no loss."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        super().teardown()  # type: ignore[misc]
+
+
+class WatchedDDP(_Watched, DDPStrategy):
+    """Lightning's DDP with the watchdog."""
+
+
+class WatchedDeepSpeed(_Watched, AnyDeviceDeepSpeed):
+    """Lightning's DeepSpeed with the watchdog."""
+
+
+class WatchRanks(lightning.Callback):
+    """Hands an error to the watchdog, which knows whether a lost rank is behind it."""
+
+    def on_exception(self, trainer, module, exception) -> None:
+        """Before any other callback saves something."""
+        watchdog = getattr(trainer.strategy, "watchdog", None)
+        if watchdog is not None:
+            watchdog.on_exception(exception)
+
+
 def build_trainer(
-    settings: Settings, callbacks: list[Callback], *, has_dev_set: bool
+    settings: Settings, callbacks: list[Callback], cluster: Cluster, *, has_dev_set: bool
 ) -> lightning.Trainer:
     """The Trainer; it needs the settings with their "auto" and null filled in."""
     train = settings.train
-    os.makedirs(train.save_dir, exist_ok=True)
     if train.early_stopping_patience is not None:
         patience = train.early_stopping_patience
         callbacks = [*callbacks, EarlyStopping("dev_loss", patience=patience, verbose=True)]
     every = train.eval_every_steps
     batches = None if every is None else every * train.gradient_accumulation_steps
+    strategy = build_strategy(settings, cluster)
+    splits = isinstance(strategy, DeepSpeedStrategy)
     return lightning.Trainer(
         max_epochs=train.max_epochs,
         max_steps=train.max_steps,
-        devices=train.devices or 1,
+        devices=cluster.devices,
+        num_nodes=cluster.num_nodes,
+        strategy=strategy,
         precision=lightning_precision(train.precision),
         accumulate_grad_batches=train.gradient_accumulation_steps,
         gradient_clip_val=train.max_grad_norm or None,
@@ -44,9 +97,28 @@ def build_trainer(
         enable_model_summary=False,
         log_every_n_steps=5,
         logger=TensorBoardLogger(train.save_dir, name="events", version=""),
-        plugins=[DirectCheckpointIO()],
-        callbacks=[*callbacks, TQDMProgressBar()],
+        plugins=[] if splits else [DirectCheckpointIO()],  # DeepSpeed writes its own files
+        callbacks=[WatchRanks(), *callbacks, TQDMProgressBar()],
     )
+
+
+def build_strategy(settings: Settings, cluster: Cluster) -> str | DDPStrategy:
+    """DeepSpeed if it is enabled, else DDP over several devices, else Lightning's own choice."""
+    train = settings.train
+    watch = {
+        "timeout_seconds": train.rank_timeout_seconds,
+        "advice": f"The last checkpoint is in {train.save_dir}: start again to go on with it",
+    }
+    if train.enable_deepspeed:
+        config = read_deepspeed_config(train.deepspeed_config)
+        config["train_micro_batch_size_per_gpu"] = train.train_batch_size
+        strategy: Any = WatchedDeepSpeed(config=config, exclude_frozen_parameters=True)
+    elif cluster.world_size > 1:
+        strategy = WatchedDDP()
+    else:
+        return "auto"
+    strategy.watch = watch
+    return strategy
 
 
 def lightning_precision(precision: str) -> Literal["32-true", "bf16-mixed", "16-mixed"]:

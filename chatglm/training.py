@@ -18,6 +18,7 @@ from .guards import check_gradients, check_labels, check_loss
 from .optim import build_optimizer
 from .records import RecordFile, read_manifest
 from .settings import Settings
+from .sharding import whole_gradient
 from .tuning.adapters import plain_model
 
 
@@ -174,9 +175,9 @@ class ChatGLMTraining(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """After the first backward pass."""
-        if self.trainer.global_step == 0 and not self.run_settings.train.enable_deepspeed:
+        if self.trainer.global_step == 0:
             check_gradients(
-                (name, parameter.grad)
+                (name, whole_gradient(parameter))
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
             )
@@ -240,7 +241,8 @@ class ChatGLMTraining(lightning.LightningModule):
         Raises:
             ToolkitError: naming those that differ.
         """
-        differing = checkpoint["state_dict"].keys() ^ self._trained_names()
+        stored = checkpoint.get("state_dict")  # DeepSpeed keeps them in files of its own
+        differing = stored.keys() ^ self._trained_names() if stored else set()
         if differing:
             raise ToolkitError(
                 "resume: the checkpoint is of other trained parameters, such as"

@@ -207,7 +207,7 @@ def load_model(
         options["quantization_config"] = bitsandbytes_config(
             bitsandbytes_bits, compute_dtype=compute or torch.float16
         )
-    if device.type != "cpu" and not pack:  # packed on the CPU, a card need not hold both
+    if device.type != "cpu" and not pack:  # packed one by one, a card need not hold both
         options["device_map"] = {"": device}
     try:
         model = ChatGLMForConditionalGeneration.from_pretrained(
@@ -220,7 +220,7 @@ def load_model(
             f"{folder}: the weights can't be read from {files} ({reason}); take them anew"
         ) from None
     if pack:
-        quantize_blocks(model.transformer.layers, pack)
+        quantize_blocks(model.transformer.layers, pack, device)
         model.config.quantization_bit = pack
         model.to(device)
     return model
@@ -269,18 +269,22 @@ def describe(model: PreTrainedModel, where: str) -> str:
 
 def save_folder(
     model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
     tokenizer: ChatGLMTokenizer,
     settings_json: str,
     folder: str,
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Weights as safetensors in `dtype`, config, tokenizer, settings.json; whole or not at all."""
+    """Weights as safetensors in `dtype`, config, tokenizer, settings.json; whole or not at all.
+
+    state: the model's state dict.
+    """
     aside = f"{folder}.part"
     shutil.rmtree(aside, ignore_errors=True)
     state = {
         name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
     }
     with _no_bar() if model.num_parameters() < SMALL_MODEL else contextlib.nullcontext():
         model.save_pretrained(aside, state_dict=state)

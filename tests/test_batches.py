@@ -1,16 +1,30 @@
-"""Padded batches: what is learned, and that pads change nothing."""
+"""Padded batches: what is learned, in which order, and that neither pads nor the cut matter."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from chatglm.batches import build_loader, collate
+from chatglm.batches import (
+    FILLER,
+    BatchPlan,
+    Item,
+    SampleDataset,
+    build_loader,
+    collate,
+    longest_batch,
+)
 from chatglm.configuration import ChatGLMConfig
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.records import RecordFile, write_records
 from chatglm.strategies import Sample, SpecialTokens, truncate
 
 PAD, GMASK, SOP, EOP = 3, 6, 7, 8
-LENGTHS = ((4, 3), (0, 5), (9, 1), (2, 8))
+LENGTHS = ((4, 3), (0, 5), (9, 1), (2, 8), (1, 2), (3, 9), (5, 1), (2, 4), (7, 6), (1, 1), (0, 7))
+INPUTS = ("input_ids", "labels", "context_lengths", "mask_positions")
 
 
 def sample(prompt, answer):
@@ -23,7 +37,9 @@ def sample(prompt, answer):
     )
 
 
-ITEMS = [(index, sample(*lengths)) for index, lengths in enumerate(LENGTHS)]
+SAMPLES = [sample(*lengths) for lengths in LENGTHS]
+LEARNED = np.array([len(one.input_ids) - one.context_length - 1 for one in SAMPLES])
+ITEMS = [(Item(index, 1.0), one) for index, one in enumerate(SAMPLES[:4])]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +55,31 @@ def model():
 
 def loss(model, items):
     batch = collate(items, pad_token_id=PAD)
-    names = ("input_ids", "labels", "context_lengths", "mask_positions")
     with torch.no_grad():
-        return model(**{name: batch[name] for name in names}, use_cache=False).loss
+        return model(**{name: batch[name] for name in INPUTS}, use_cache=False).loss
+
+
+def plan(number, **options):
+    return BatchPlan(np.ones(number, dtype=int), **{"shuffle_seed": 0, **options})
+
+
+def indices(batches):
+    return [[item.index for item in batch] for batch in batches]
+
+
+def together(number, *, world_size, **options):
+    """The batches of all processes, one list of sample indices for each number of batch."""
+    ranks = [
+        indices(plan(number, rank=rank, world_size=world_size, **options))
+        for rank in range(world_size)
+    ]
+    return [
+        [index for rank in same for index in rank if index != FILLER]
+        for same in zip(*ranks, strict=True)
+    ]
+
+
+# What a batch holds.
 
 
 def test_nothing_is_learned_up_to_sop_nor_on_pads():
@@ -61,30 +99,199 @@ def test_positions_indices_and_counts_are_those_of_the_samples():
     assert (found == GMASK).all()
     assert batch["sample_index"].tolist() == [0, 1, 2, 3]
     assert int(batch["num_tokens"]) == sum(len(one.input_ids) for _, one in ITEMS)
+    assert int(batch["learned_tokens"]) == LEARNED[:4].sum()
+    items = [(Item(2, 7.5), SAMPLES[2]), (Item(0, 7.5), SAMPLES[0])]
+    assert float(collate(items, pad_token_id=PAD)["num_items_in_batch"]) == 7.5
 
 
 def test_the_loss_of_a_padded_batch_is_the_token_weighted_mean_of_its_samples(model):
-    weights = torch.tensor([len(one.input_ids) - one.context_length - 1.0 for _, one in ITEMS])
+    weights = torch.tensor(LEARNED[:4], dtype=torch.float32)
     alone = torch.stack([loss(model, [item]) for item in ITEMS])
     expected = (weights * alone).sum() / weights.sum()
     torch.testing.assert_close(loss(model, ITEMS), expected, atol=1e-5, rtol=0)
 
 
-def test_an_answer_may_hold_the_pad_id(model):
-    odd = [(0, Sample([10, GMASK, SOP, PAD, EOP], 2))]
+def test_an_answer_may_hold_the_pad_id():
+    odd = [(Item(0, 1.0), Sample([10, GMASK, SOP, PAD, EOP], 2))]
     assert collate(odd, pad_token_id=PAD)["labels"].tolist() == [[-100, -100, -100, PAD, EOP]]
 
 
-def test_the_same_seed_gives_the_same_order_and_another_another(tmp_path):
-    path = str(tmp_path / "some.record")
-    write_records(path, [sample(1, 1 + i % 3) for i in range(20)], {})
+def test_a_filler_is_read_but_not_learned():
+    batch = collate(SampleDataset(SAMPLES)[[Item(FILLER, 5.0)]], pad_token_id=PAD)
+    assert batch["input_ids"].tolist() == [SAMPLES[0].input_ids]
+    assert (batch["labels"] == -100).all() and int(batch["learned_tokens"]) == 0
+    assert batch["sample_index"].tolist() == [FILLER]
 
-    def orders(seed):
-        loader = build_loader(RecordFile(path), batch_size=3, pad_token_id=PAD, shuffle_seed=seed)
-        epochs = [[i for batch in loader for i in batch["sample_index"].tolist()] for _ in "ab"]
-        assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
-        return epochs
 
-    assert orders(1) == orders(1) != orders(2)
-    assert orders(1)[0] != orders(1)[1]
-    assert orders(None) == [list(range(20))] * 2
+def test_the_longest_batch_has_the_longest_samples():
+    tokens = np.array([len(one.input_ids) for one in SAMPLES])
+    batch = longest_batch(SampleDataset(SAMPLES), tokens, batch_size=3, pad_token_id=PAD)
+    expected = sorted(range(len(SAMPLES)), key=lambda index: -tokens[index])[:3]
+    assert sorted(batch["sample_index"].tolist()) == sorted(expected)
+    assert batch["input_ids"].shape == (3, tokens.max())
+
+
+# Which samples come when.
+
+
+sizes = {
+    "number": st.integers(1, 40),
+    "batch_size": st.integers(1, 5),
+    "world_size": st.integers(1, 4),
+    "accumulate": st.integers(1, 3),
+    "shuffle_seed": st.none() | st.integers(0, 2**32 - 1),
+}
+
+
+@given(**sizes)
+def test_every_sample_comes_once_an_epoch_whatever_the_sizes(number, **options):
+    batches = together(number, **options)
+    assert sorted(index for batch in batches for index in batch) == list(range(number))
+    assert len(batches) == len(plan(number, **options))
+
+
+@given(**sizes)
+def test_a_process_without_a_sample_has_one_filler_and_none_has_more_than_a_batch(
+    number, **options
+):
+    for rank in range(options["world_size"]):
+        for batch in indices(plan(number, rank=rank, **options)):
+            assert 1 <= len(batch) <= options["batch_size"]
+            assert batch == [FILLER] or FILLER not in batch
+
+
+@given(**sizes, epoch=st.integers(0, 9))
+def test_the_order_follows_from_seed_and_epoch_alone(number, shuffle_seed, epoch, **sizes_of_step):
+    plain = plan(number, batch_size=1, shuffle_seed=shuffle_seed)
+    split = plan(number, shuffle_seed=shuffle_seed, **sizes_of_step)
+    list(split)  # an epoch gone through leaves nothing behind
+    plain.set_epoch(epoch)
+    split.set_epoch(epoch)
+    assert plain.order().tolist() == split.order().tolist()
+    assert [index for batch in indices(plain) for index in batch] == plain.order().tolist()
+
+
+def test_another_seed_and_another_epoch_give_another_order():
+    orders = []
+    for seed in (1, 2):
+        for epoch in (0, 1):
+            one = plan(20, batch_size=3, shuffle_seed=seed)
+            one.set_epoch(epoch)
+            orders.append(tuple(one.order().tolist()))
+    assert len(set(orders)) == 4
+    assert plan(20, batch_size=3, shuffle_seed=None).order().tolist() == list(range(20))
+
+
+LAYOUTS = (
+    {"world_size": 1, "batch_size": 8, "accumulate": 1},
+    {"world_size": 2, "batch_size": 4, "accumulate": 1},
+    {"world_size": 1, "batch_size": 4, "accumulate": 2},
+    {"world_size": 4, "batch_size": 1, "accumulate": 2},
+)
+
+
+def steps(batches, accumulate):
+    """The samples of each optimizer step."""
+    return [
+        sorted(index for batch in batches[start : start + accumulate] for index in batch)
+        for start in range(0, len(batches), accumulate)
+    ]
+
+
+@given(number=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
+def test_an_optimizer_step_has_the_same_samples_however_it_is_cut(number, seed):
+    first, *others = (
+        steps(together(number, shuffle_seed=seed, **layout), layout["accumulate"])
+        for layout in LAYOUTS
+    )
+    assert all(other == first for other in others)
+    assert [len(step) for step in first[:-1]] == [8] * (len(first) - 1)
+
+
+def step_gradient(model, layout, *, step):
+    """What the optimizer sees: Lightning's and DDP's mean over the batches of an optimizer step."""
+    model = copy.deepcopy(model)
+    world_size, accumulate = layout["world_size"], layout["accumulate"]
+    for rank in range(world_size):
+        one = BatchPlan(LEARNED, rank=rank, shuffle_seed=0, **layout)
+        loader = build_loader(SampleDataset(SAMPLES), one, pad_token_id=PAD)
+        for batch in list(loader)[step * accumulate : (step + 1) * accumulate]:
+            options = {name: batch[name] for name in (*INPUTS, "num_items_in_batch")}
+            loss = model(**options, use_cache=False, loss_only=True).loss
+            (loss / (accumulate * world_size)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["whole", "last"])
+def test_the_gradient_of_an_optimizer_step_is_the_same_however_it_is_cut(model, step):
+    whole = copy.deepcopy(model)
+    chosen = BatchPlan(LEARNED, batch_size=8, shuffle_seed=0).order()[8 * step : 8 * step + 8]
+    batch = collate([(Item(i, 1.0), SAMPLES[i]) for i in chosen.tolist()], pad_token_id=PAD)
+    whole(**{name: batch[name] for name in INPUTS}, use_cache=False).loss.backward()
+    for layout in LAYOUTS:
+        found = step_gradient(model, layout, step=step)
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+@given(**sizes, start=st.integers(0, 50))
+def test_a_plan_goes_on_at_a_batch_and_is_whole_in_the_next_epoch(number, start, **options):
+    one = plan(number, **options)
+    whole = list(one)
+    one.start_batch = start = min(start, len(whole))
+    assert list(one) == whole[start:]
+    assert list(one) == whole
+
+
+# Mixing in.
+
+
+@given(
+    number=st.integers(1, 60),
+    num_mixed=st.integers(1, 40),
+    ratio=st.floats(0.05, 0.8),
+    epoch=st.integers(0, 9),
+)
+def test_an_epoch_has_all_its_own_samples_and_a_share_of_mixed_in_ones(
+    number, num_mixed, ratio, epoch
+):
+    one = plan(number + num_mixed, batch_size=4, num_mixed=num_mixed, mix_ratio=ratio)
+    one.set_epoch(epoch)
+    found = [index for batch in indices(one) for index in batch]
+    drawn = [index for index in found if index >= number]
+    assert sorted(index for index in found if index < number) == list(range(number))
+    assert all(index < number + num_mixed for index in drawn)
+    assert abs(len(drawn) - ratio * len(found)) <= 0.5
+    if len(drawn) <= num_mixed:
+        assert len(set(drawn)) == len(drawn)
+
+
+def test_every_epoch_draws_anew_and_the_same_epoch_the_same():
+    def drawn(epoch):
+        one = plan(110, batch_size=4, num_mixed=100, mix_ratio=0.5)
+        one.set_epoch(epoch)
+        return {index for batch in indices(one) for index in batch if index >= 10}
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert len(set.union(*(drawn(epoch) for epoch in range(30)))) > 80
+
+
+def test_too_few_samples_to_mix_in_come_more_than_once():
+    one = plan(12, batch_size=4, num_mixed=2, mix_ratio=0.5)
+    drawn = [index for batch in indices(one) for index in batch if index >= 10]
+    assert len(drawn) == 10 and set(drawn) == {10, 11}
+
+
+def test_the_samples_of_two_files_follow_one_another(tmp_path):
+    paths = [str(tmp_path / name) for name in ("own.record", "mix.record")]
+    write_records(paths[0], SAMPLES[:3], {})
+    write_records(paths[1], SAMPLES[3:5], {})
+    one = BatchPlan(LEARNED[:5], batch_size=2, shuffle_seed=1, num_mixed=2, mix_ratio=0.4)
+    dataset = SampleDataset(*(RecordFile(path) for path in paths))
+    seen = {}
+    for batch in build_loader(dataset, one, pad_token_id=PAD):
+        for index, ids in zip(batch["sample_index"].tolist(), batch["input_ids"], strict=True):
+            seen[index] = ids[: len(SAMPLES[index].input_ids)].tolist()
+    assert seen == {index: one.input_ids for index, one in enumerate(SAMPLES[:5])}
+    with pytest.raises(IndexError):
+        dataset[[Item(5, 1.0)]]

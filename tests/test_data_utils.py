@@ -1,6 +1,7 @@
 """From a file of paragraphs to samples: template, control tokens, cuts, reuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,14 @@ import pytest
 from chatglm.errors import ToolkitError
 from chatglm.prompts import build_prompt
 from chatglm.records import RecordFile
-from chatglm.settings import DataSettings, TrainSettings
+from chatglm.settings import (
+    AdaLoraSettings,
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+)
 from chatglm.tokenizer import ChatGLMTokenizer
 from data_utils import DataHelper
 
@@ -33,7 +41,7 @@ def helper(tmp_path, monkeypatch, vocabulary):
                  for rounds in paragraphs]  # fmt: skip
         path.write_text("\n".join(lines), encoding="utf-8")
         tokenizer = ChatGLMTokenizer(vocabulary)
-        monkeypatch.setattr("models.train_tokenizer", lambda *a, **k: tokenizer)
+        monkeypatch.setattr("chatglm.building.train_tokenizer", lambda *a, **k: tokenizer)
         return make_helper(tmp_path, [str(path)], [], **settings)
 
     return make
@@ -41,14 +49,11 @@ def helper(tmp_path, monkeypatch, vocabulary):
 
 def make_helper(folder, train, dev, **settings):
     least = settings.pop("ensure_answer_min_length", 1)
-    train = TrainSettings(
-        config_name=str(ROOT / "config" / "config_tiny.json"),
-        train_file=train,
-        eval_file=dev,
-        output_dir=str(folder / "output"),
-        **settings,
-    )
-    return DataHelper(train, DataSettings(ensure_answer_min_length=least))
+    settings = {"config_name": str(ROOT / "config" / "config_tiny.json"), **settings}
+    output = str(folder / "output")
+    train = TrainSettings(train_file=train, eval_file=dev, output_dir=output, **settings)
+    data = DataSettings(ensure_answer_min_length=least)
+    return DataHelper(Settings(train, data, ModelSettings(), LoraSettings(), AdaLoraSettings()))
 
 
 def build(helper):
@@ -139,6 +144,23 @@ def test_each_changed_thing_is_named_when_records_are_built_again(helper, capsys
 
 def test_a_split_without_files_gives_no_records(helper):
     assert helper([[("你好", "你好！")]]).make_dataset_with_args("dev") is None
+
+
+def test_mixed_in_files_are_records_of_their_own(helper, tmp_path):
+    made = helper([[("你好", "你好！")]], mix_file=[str(tmp_path / "data.json")], mix_ratio=0.5)
+    paths = [made.make_dataset_with_args(split) for split in ("train", "mix")]
+    assert [Path(path).name for path in paths] == ["train.record", "mix.record"]
+    assert [len(RecordFile(path)) for path in paths] == [1, 1]
+
+
+def test_weights_that_are_named_bring_their_own_tokenizer(tmp_path, write_checkpoint, vocabulary):
+    ids = {"pad": 3, "mask": 4, "gmask": 6, "bos": 7, "eos": 8}
+    ids = {f"{name}_token_id": number for name, number in ids.items()}
+    folder = write_checkpoint(**ids, vocab_size=2432, max_sequence_length=1024)
+    shutil.copy(vocabulary, folder)
+    made = make_helper(tmp_path, BUNDLED, [], model_name_or_path=str(folder), config_name=None)
+    assert made.tokenizer.vocab_file == str(folder / "ice_text.model")
+    assert not (tmp_path / "output").exists()
 
 
 def test_an_empty_file_is_refused_each_time(helper, tmp_path):

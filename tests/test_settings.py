@@ -1,155 +1,222 @@
-"""Settings: four sources in one order, and refusals in one line."""
+"""Settings as typed groups: what they allow, what excludes what, and what fills a null."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
 import data_utils
 from chatglm.errors import ToolkitError
 from chatglm.settings import (
-    ChatSettings,
+    DEFAULT_LEARNING_RATES,
+    AdaLoraSettings,
     DataSettings,
+    LoraSettings,
+    ModelSettings,
+    Settings,
     TrainSettings,
-    parse_settings,
-    settings_as_json,
 )
 
-ROOT = Path(__file__).parents[1]
+WEIGHTS = "./weights"
+SWITCHES = {
+    "freeze": {"model": ModelSettings(global_num_layers_freeze=1)},
+    "ptuning": {"model": ModelSettings(pre_seq_len=4)},
+    "lora": {"lora": LoraSettings(with_lora=True)},
+    "adalora": {"adalora": AdaLoraSettings(with_lora=True)},
+}
 
 
-def parse(*argv, edited=None):
-    edited = data_utils.train_info_args if edited is None else edited
-    groups = [(TrainSettings, edited, "the dict")]
-    return parse_settings(groups, list(argv), description="test")[0]
+def settings(*, model=None, lora=None, adalora=None, data=None, **train):
+    return Settings(
+        TrainSettings(**{"model_name_or_path": WEIGHTS, **train}),
+        data or DataSettings(),
+        model or ModelSettings(),
+        lora or LoraSettings(),
+        adalora or AdaLoraSettings(),
+    )
 
 
-def test_the_shipped_dicts_equal_the_typed_defaults():
-    assert data_utils.train_info_args == asdict(TrainSettings())
-    assert data_utils.data_conf == asdict(DataSettings())
-    train, data = parse_settings(data_utils.GROUPS, [], description="test")
-    assert (train, data) == (TrainSettings(), DataSettings())
+@pytest.mark.parametrize("group", data_utils.GROUPS, ids=lambda group: group[0].__name__)
+def test_the_shipped_values_equal_the_typed_defaults(group):
+    kind, edited, _ = group
+    assert edited == asdict(kind())
 
 
-def test_every_setting_has_a_line_of_help(capsys):
-    groups = [*data_utils.GROUPS, (ChatSettings, {}, "chat")]
-    with pytest.raises(SystemExit) as stop:
-        parse_settings(groups, ["--help"], description="test")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for group in (TrainSettings, DataSettings, ChatSettings):
-        for name in asdict(group()):
-            assert f"--{name}" in shown
+def test_every_group_of_settings_is_shipped():
+    shipped = [kind for kind, _, _ in data_utils.GROUPS]
+    assert shipped == [TrainSettings, DataSettings, ModelSettings, LoraSettings, AdaLoraSettings]
 
 
-@pytest.mark.parametrize("flag_first", [False, True])
-def test_later_sources_win_wherever_the_flag_stands(tmp_path, flag_first):
-    config = tmp_path / "run.yaml"
-    config.write_text("seed: 3\nmax_epochs: 3\n")
-    sources = [["--config", str(config)], ["--max_epochs", "4"]]
-    argv = [*sources[flag_first], *sources[not flag_first]]
-    found = parse(*argv, edited={"seed": 2, "max_epochs": 2, "warmup_steps": 2})
-    expected = {"max_epochs": 4, "seed": 3, "warmup_steps": 2, "max_seq_length": 1024}
-    assert {name: getattr(found, name) for name in expected} == expected
-
-
-def test_the_settings_json_of_a_run_is_a_config_of_the_next(tmp_path):
-    path = tmp_path / "settings.json"
-    groups = (TrainSettings(seed=5, optimizer_betas=(0.8, 0.9)), DataSettings())
-    path.write_text(settings_as_json(*groups), encoding="utf-8")
-    again = parse_settings(data_utils.GROUPS, ["--config", str(path)], description="test")
-    assert tuple(again) == groups
-    assert json.loads(path.read_text())["seed"] == 5
-
-
-def test_an_unknown_flag_is_refused_with_the_nearest_name():
-    with pytest.raises(ToolkitError, match=r"'learning_rat'.*mean 'learning_rate'"):
-        parse("--learning_rat", "1")
-    with pytest.raises(ToolkitError, match=r"'learning_rat'.*mean 'learning_rate'"):
-        parse("--learning_rat=1")
-
-
-def test_an_unknown_dict_key_is_refused_with_the_nearest_name():
-    with pytest.raises(ToolkitError, match=r"the dict: .*'max_epoch'.*mean 'max_epochs'"):
-        parse(edited={"max_epoch": 1})
-
-
-@pytest.mark.parametrize("content", ["max_epoch: 1\n", "{max_epoch: 1}"])
-def test_an_unknown_config_key_is_refused_with_file_and_nearest_name(tmp_path, content):
-    config = tmp_path / "run.yaml"
-    config.write_text(content)
-    with pytest.raises(ToolkitError, match=r"run\.yaml: .*'max_epoch'.*mean 'max_epochs'"):
-        parse("--config", str(config))
+@pytest.mark.parametrize("method", SWITCHES)
+def test_the_switch_that_is_on_is_the_method(method):
+    assert settings().method == "full"
+    assert settings(**SWITCHES[method]).method == method
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("first", "second"),
+    [(a, b) for a in SWITCHES for b in SWITCHES if a < b and {a, b} != {"freeze", "ptuning"}],
+)
+def test_two_methods_exclude_each_other_by_name(first, second):
+    with pytest.raises(ToolkitError, match="exclude each other: each says which weights"):
+        settings(**SWITCHES[first], **SWITCHES[second])
+
+
+def test_freezing_and_virtual_tokens_exclude_each_other():
+    with pytest.raises(ToolkitError, match=r"global_num_layers_freeze and p-tuning \(pre_seq_len"):
+        settings(model=ModelSettings(global_num_layers_freeze=1, pre_seq_len=4))
+
+
+@pytest.mark.parametrize("method", SWITCHES)
+def test_a_method_needs_weights_to_tune(method):
+    with pytest.raises(ToolkitError, match="model_name_or_path is empty: train the tiny model"):
+        settings(**SWITCHES[method], model_name_or_path="")
+
+
+@pytest.mark.parametrize("quantized", [{"quantization_bit": 4}, {"load_in_8bit": True}])
+def test_quantised_weights_are_refused_where_they_would_be_trained(quantized):
+    for model in (
+        ModelSettings(**quantized),
+        ModelSettings(global_num_layers_freeze=1, **quantized),
+    ):
+        with pytest.raises(ToolkitError, match=f"{next(iter(quantized))}: quantised weights"):
+            settings(model=model)
+    allowed = settings(model=ModelSettings(**quantized), **{"lora": LoraSettings(with_lora=True)})
+    assert allowed.quantization == next(iter(quantized))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
     [
-        ["--learning_rate", "fast"],
-        ["--learning_rate"],
-        ["--learning_rate", "-1"],
-        ["--max_epochs", "0"],
-        ["--max_steps", "0"],
-        ["--train_batch_size", "1.5"],
-        ["--scheduler_type", "x"],
-        ["--train_file", "[]"],
-        ["--config"],
-        ["--config", "/no/such/file"],
-        ["stray"],
+        (
+            {"model": ModelSettings(load_in_8bit=True, load_in_4bit=True), **SWITCHES["lora"]},
+            "load_in_8bit and load_in_4bit exclude each other",
+        ),
+        (
+            {"model": ModelSettings(quantization_bit=8, load_in_4bit=True), **SWITCHES["lora"]},
+            "quantization_bit and load_in_4bit exclude each other",
+        ),
+        (
+            {
+                "model": ModelSettings(quantization_bit=8),
+                "lora": LoraSettings(with_lora=True, use_dora=True),
+            },
+            "use_dora needs the unquantised weights",
+        ),
+        (
+            {
+                "model": ModelSettings(load_in_8bit=True),
+                "enable_deepspeed": True,
+                **SWITCHES["lora"],
+            },
+            "load_in_8bit can't be split by DeepSpeed",
+        ),
+        ({"enable_deepspeed": True, **SWITCHES["adalora"]}, "AdaLoRA allots ranks"),
     ],
 )
-def test_a_bad_value_is_a_toolkit_error_of_one_line(argv):
-    with pytest.raises(ToolkitError) as caught:
-        parse(*argv)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ["- 1", "a: [", "seed: x", "1: 2"])
-def test_a_config_of_another_form_is_a_toolkit_error(tmp_path, content):
-    config = tmp_path / "run.yaml"
-    config.write_text(content)
-    with pytest.raises(ToolkitError):
-        parse("--config", str(config))
-
-
-def test_a_dict_value_of_a_wrong_type_is_a_toolkit_error():
-    for edited in ({"max_epochs": "x"}, {"train_file": "one.json"}, {"seed": None}):
-        with pytest.raises(ToolkitError):
-            parse(edited=edited)
-
-
-def test_null_is_refused_where_a_number_is_needed(tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("seed: null\n")
-    with pytest.raises(ToolkitError):
-        parse("--config", str(config))
+def test_pairs_that_cannot_work_are_refused_with_the_reason(changes, message):
+    with pytest.raises(ToolkitError, match=message):
+        settings(**changes)
 
 
 @pytest.mark.parametrize(
-    "argv", [["--seed", "-1"], ["--adam_epsilon", "-1"], ["--optimizer_betas", "[2, 3]"]]
+    ("kind", "values", "message"),
+    [
+        (TrainSettings, {"seed": -1}, "seed -1"),
+        (TrainSettings, {"seed": 2**32}, "allowed is 0 to 4294967295"),
+        (TrainSettings, {"adam_epsilon": -1.0}, "adam_epsilon"),
+        (TrainSettings, {"learning_rate": float("nan")}, "learning_rate nan"),
+        (TrainSettings, {"optimizer_betas": (2.0, 3.0)}, "optimizer_betas"),
+        (TrainSettings, {"train_file": []}, "train_file is empty"),
+        (TrainSettings, {"max_steps": 0}, "max_steps 0"),
+        (TrainSettings, {"max_steps": -2}, "max_steps -2"),
+        (TrainSettings, {"mix_file": ["a"], "mix_ratio": 1.0}, "mix_ratio 1.0"),
+        (TrainSettings, {"mix_file": ["a"]}, "set both"),
+        (TrainSettings, {"mix_ratio": 0.5}, "set both"),
+        (TrainSettings, {"save_every_steps": -2}, "save_every_steps -2"),
+        (
+            TrainSettings,
+            {"scheduler_type": "ReduceLROnPlateau", "eval_file": []},
+            "follows the dev loss: set eval_file",
+        ),
+        (
+            TrainSettings,
+            {"early_stopping_patience": 1, "eval_file": []},
+            "early_stopping_patience needs a dev loss",
+        ),
+        (TrainSettings, {"eval_every_steps": 1, "eval_file": []}, "eval_every_steps needs a dev"),
+        (DataSettings, {"ensure_answer_min_length": 0}, "ensure_answer_min_length 0"),
+        (ModelSettings, {"pre_seq_len": 0}, "pre_seq_len 0"),
+        (LoraSettings, {"r": 0}, r"lora_info_args\.r 0"),
+        (LoraSettings, {"lora_dropout": 1.0}, r"lora_info_args\.lora_dropout"),
+        (LoraSettings, {"lora_alpha": 0.0}, r"lora_info_args\.lora_alpha"),
+        (LoraSettings, {"target_modules": []}, "target_modules is empty"),
+        (LoraSettings, {"target_modules": ["query_key"]}, "Did you mean 'query_key_value'"),
+        (AdaLoraSettings, {"target_r": 9, "init_r": 8}, "target_r 9 is above init_r 8"),
+        (AdaLoraSettings, {"beta1": 1.0}, r"adalora_info_args\.beta1 1\.0"),
+        (AdaLoraSettings, {"deltaT": 0}, r"adalora_info_args\.deltaT 0"),
+    ],
 )
-def test_what_the_optimizer_or_the_seed_cannot_take_is_refused_early(argv):
-    with pytest.raises(ToolkitError):
-        parse(*argv)
+def test_a_value_that_cannot_work_is_refused_by_name(kind, values, message):
+    with pytest.raises(ToolkitError, match=message):
+        kind(**values)
 
 
-def test_scripts_end_a_users_mistake_with_2_and_one_line():
-    scripts = ("data_utils.py", "train.py", "infer.py", "infer_finetuning.py")
-    running = [
-        subprocess.Popen(
-            [sys.executable, script, "--learning_rat", "1"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for script in scripts
-    ]
-    for script, process in zip(scripts, running, strict=True):
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 2, (script, err)
-        assert out == "" and len(err.splitlines()) == 1, (script, out, err)
-        assert err.startswith("error: ") and "'learning_rat'" in err
+@pytest.mark.parametrize("method", ["full", *SWITCHES])
+def test_each_method_fills_in_its_learning_rate_and_3_epochs(method):
+    done = settings(**SWITCHES.get(method, {})).completed({})
+    assert done.train.learning_rate == DEFAULT_LEARNING_RATES[method]
+    assert done.train.max_epochs == 3
+    assert (done.model.prefix_projection, done.model.quantization_bit) == (False, 0)
+
+
+def test_training_from_scratch_fills_in_its_own_rate_and_24_epochs():
+    done = settings(model_name_or_path="").completed({})
+    assert (done.train.learning_rate, done.train.max_epochs) == (3e-3, 24)
+
+
+def test_what_is_set_is_not_filled_in_even_if_it_is_0():
+    config = {"pre_seq_len": 8, "quantization_bit": 4, "prefix_projection": True}
+    model = ModelSettings(pre_seq_len=2, quantization_bit=0, prefix_projection=False)
+    done = settings(model=model, learning_rate=0.0, max_epochs=1).completed(config)
+    assert (done.train.learning_rate, done.train.max_epochs) == (0.0, 1)
+    assert done.model == model
+
+
+def test_the_file_of_config_name_chooses_the_method_and_so_the_rate():
+    done = settings().completed({"pre_seq_len": 8, "quantization_bit": 4, "num_layers": 28})
+    assert done.method == "ptuning" and done.quantization == "quantization_bit"
+    assert done.train.learning_rate == DEFAULT_LEARNING_RATES["ptuning"]
+
+
+def test_filling_in_twice_changes_nothing():
+    config = {"pre_seq_len": 8, "prefix_projection": True}
+    once = settings().completed(config)
+    assert once.completed(config) == once == once.completed({})
+
+
+def test_a_projection_without_virtual_tokens_is_refused():
+    with pytest.raises(ToolkitError, match="only with pre_seq_len"):
+        settings(model=ModelSettings(prefix_projection=True)).completed({})
+
+
+def test_the_file_of_config_name_is_held_to_the_exclusions_too():
+    with pytest.raises(ToolkitError, match="exclude each other"):
+        settings(lora=LoraSettings(with_lora=True)).completed({"pre_seq_len": 8})
+
+
+def test_settings_differ_by_full_names_and_only_where_the_result_does():
+    mine = settings(scheduler_type="CAWR", scheduler={"T_mult": 2.0}).completed({})
+    stored = json.loads(mine.as_json())
+    assert mine.differing(stored) == []
+    for name in ("output_dir", "save_dir", "resume", "save_every_steps", "rank_timeout_seconds"):
+        assert name in stored
+        stored[name] = "other"
+    assert mine.differing(stored) == []
+    stored["seed"] = 1
+    stored["lora_info_args"]["r"] = 4
+    stored["scheduler"] = {}
+    stored["of_another_version"] = 1
+    del stored["strategy"]
+    expected = ["lora_info_args.r", "of_another_version", "scheduler.T_mult", "seed", "strategy"]
+    assert mine.differing(stored) == expected

@@ -41,7 +41,7 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The (out, in) matrix in `dtype`."""
     values = unpack_int4(weight) if bits == 4 else weight
-    return values.to(dtype) * scale[:, None].to(dtype)
+    return values.to(dtype).mul_(scale[:, None].to(dtype))
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -97,6 +97,14 @@ class QuantizedLinear(nn.Linear):
         )
         return product.view(*x.shape[:-1], self.out_features)
 
+    def _apply(self, fn, recurse: bool = True) -> "QuantizedLinear":
+        """A change of the model's precision leaves the scales' alone: bf16 would round them."""
+        dtype, scale = self.weight_scale.dtype, self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """A plain linear of the same values."""
         linear = nn.Linear(
@@ -138,9 +146,11 @@ class QuantizedEmbedding(nn.Module):
         return hidden.view(*input_ids.shape, -1)
 
 
-def quantize_blocks(layers: nn.Module, bits: int) -> None:
-    """Pack the weight of every linear below `layers`, in place, one at a time."""
-    _replace_linears(layers, nn.Linear, lambda linear: QuantizedLinear.from_linear(linear, bits))
+def quantize_blocks(layers: nn.Module, bits: int, device: torch.device) -> None:
+    """Pack the weight of every linear below `layers`, in place, one at a time on the device."""
+    _replace_linears(
+        layers, nn.Linear, lambda linear: QuantizedLinear.from_linear(linear.to(device), bits)
+    )
 
 
 def dequantize_blocks(layers: nn.Module, dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ def apply_method(
         tuned = add_adalora(model, settings.adalora, total_steps=total_steps)
     dtype = torch.float32 if settings.train.trained_precision == "32" else torch.bfloat16
     for parameter in tuned.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not settings.train.enable_deepspeed:  # has fp32 of its own
             parameter.data = parameter.data.to(dtype)
     if not any(parameter.requires_grad for parameter in tuned.parameters()):
         raise ToolkitError("no parameter of this model is trained: check the method's settings")

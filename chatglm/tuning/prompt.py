@@ -16,9 +16,9 @@ def train_prefix(model: ChatGLMForConditionalGeneration) -> None:
     model.transformer.prefix_encoder.requires_grad_(True)
 
 
-def prefix_state(model: ChatGLMForConditionalGeneration) -> dict[str, Tensor]:
-    """The encoder's tensors under the released names, `transformer.prefix_encoder.*`."""
-    return {n: t.contiguous() for n, t in model.state_dict().items() if n.startswith(PREFIX)}
+def prefix_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a model's state dict, `transformer.prefix_encoder.*`."""
+    return {n: t.contiguous() for n, t in state.items() if n.startswith(PREFIX)}
 
 
 def add_prefix(
