@@ -34,16 +34,16 @@ DEEPSPEED = ["--enable_deepspeed", "true", "--deepspeed_config"]
 ROWS: dict[str, tuple[int, int, list[str]]] = {  # batch, tokens a sample, flags
     "lora-bf16": (4, 1024, [*LORA, "--precision", "bf16"]),
     "lora-int4": (2, 1024, [*LORA, "--precision", "16", "--quantization_bit", "4"]),
-    "ptuning-int4": (2, 1024, ["--pre_seq_len", "128", "--precision", "16",
+    "ptuning-int4": (2, 1024, ["--pre_seq_len", "32", "--precision", "16",
                                "--quantization_bit", "4"]),
     "ptuning-int4-small": (1, 128, ["--pre_seq_len", "128", "--precision", "16",
                                     "--quantization_bit", "4"]),
     "full-paged-8bit": (1, 1024, ["--optimizer", "paged_adamw_8bit", "--precision", "bf16"]),
     "full-bf16-8bit": (1, 1024, ["--optimizer", "adamw_8bit", "--precision", "bf16",
                                  "--trained_precision", "bf16"]),
-    "zero2-lora": (2, 1024, [*LORA, "--precision", "bf16", *DEEPSPEED,
+    "lora-zero2": (2, 1024, [*LORA, "--precision", "bf16", *DEEPSPEED,
                              f"{ROOT}/config/deepspeed.json"]),
-    "zero3-offload-full": (1, 1024, ["--precision", "bf16", *DEEPSPEED,
+    "lora-zero3-offload": (2, 1024, [*LORA, "--precision", "bf16", *DEEPSPEED,
                                      f"{ROOT}/config/deepspeed_offload.json"]),
 }  # fmt: skip
 
@@ -99,11 +99,11 @@ def run_row(name: str, folder: str, work: str, steps: int) -> str:
         "--max_epochs", "1", "--max_steps", str(steps), "--save_every_steps", "-1", *flags,
     ]  # fmt: skip
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    log = done.stdout + done.stderr
     with open(f"{work}/{name}.log", "w", encoding="utf-8") as file:
-        file.write(log)
+        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, check=False)
+    seconds = time.perf_counter() - start
+    with open(f"{work}/{name}.log", encoding="utf-8") as file:
+        log = file.read()
     shutil.rmtree(save, ignore_errors=True)
     if done.returncode:
         return f"| {name} | {batch} x {length} | failed: {log.strip().splitlines()[-1][:200]} |"

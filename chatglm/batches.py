@@ -19,7 +19,7 @@ from .records import RecordFile
 from .strategies import Sample
 
 FILLER = -1
-"""Stands for a sample when a process has none left in the last batch of an epoch."""
+"""Stands for a sample where a process has none left in the last step of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class BatchPlan(Sampler[list[Item]]):
 
     A loss summed over an optimizer step (`accumulate` batches of every process) and divided by all
     its learned tokens is the same however the step is cut into batches; so tokens_per_batch is
-    those tokens over the number of batches, since the gradients of the batches are averaged.
+    those tokens over the number of batches, since the gradients of the batches are averaged. The
+    last step of an epoch has as many batches as any other; those left without samples get a filler.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class BatchPlan(Sampler[list[Item]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        together = self.batch_size * self.world_size
-        return -(-(self.num_own + self.num_drawn) // together)
+        together = self.batch_size * self.world_size * self.accumulate
+        return -(-(self.num_own + self.num_drawn) // together) * self.accumulate
 
     def order(self) -> np.ndarray:
         """The sample indices of this epoch."""

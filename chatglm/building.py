@@ -25,6 +25,7 @@ from .weights import (
     load_model,
     load_pretrained,
     load_tokenizer,
+    recover_folder,
 )
 
 
@@ -73,16 +74,7 @@ def _load_to_train(settings: Settings, config: ChatGLMConfig) -> ChatGLMForCondi
         print(describe(model, f"{where} (new weights)"))
         return model
     folder = find_folder(train.model_name_or_path)
-    if config.quantization_bit and settings.method in ("full", "freeze"):
-        raise ToolkitError(
-            f"{folder}: int{config.quantization_bit} weights can't be trained themselves; name the"
-            " fp16 weights, or train LoRA, AdaLoRA or p-tuning on them"
-        )
-    if config.quantization_bit and settings.lora.use_dora:
-        raise ToolkitError(
-            f"{folder}: lora_info_args.use_dora needs unquantised weights, these are"
-            f" int{config.quantization_bit}"
-        )
+    _refuse_untrainable(settings, config, folder)
     if settings.method == "ptuning":
         config.pre_seq_len = settings.model.pre_seq_len
         config.prefix_projection = bool(settings.model.prefix_projection)
@@ -98,6 +90,26 @@ def _load_to_train(settings: Settings, config: ChatGLMConfig) -> ChatGLMForCondi
     )
     print(describe(model, folder))
     return model
+
+
+def _refuse_untrainable(settings: Settings, config: ChatGLMConfig, folder: str) -> None:
+    packed = f"int{config.quantization_bit}" if config.quantization_bit else ""
+    if packed and settings.method in ("full", "freeze"):
+        raise ToolkitError(
+            f"{folder}: {packed} weights can't be trained themselves; name the fp16 weights, or"
+            " train LoRA, AdaLoRA or p-tuning on them"
+        )
+    if packed and settings.method == "lora" and settings.lora.use_dora:
+        raise ToolkitError(
+            f"{folder}: lora_info_args.use_dora needs unquantised weights, these are {packed}"
+        )
+    bias = {"lora": settings.lora.bias, "adalora": settings.adalora.bias}.get(settings.method)
+    if _bitsandbytes_bits(settings.model) and bias not in (None, "none"):
+        raise ToolkitError(
+            f"{settings.method}_info_args.bias {bias} with {settings.quantization}: bitsandbytes"
+            " rounds biases to the precision of the arithmetic; leave bias at none, or use"
+            " quantization_bit"
+        )
 
 
 def _bitsandbytes_bits(switches: ModelSettings) -> int:
@@ -120,12 +132,17 @@ def resolve_settings(settings: Settings, config: ChatGLMConfig) -> Settings:
         raise ToolkitError(
             f"precision {train.precision} contradicts config.json's precision {named}: change one"
         )
-    precision = train.precision if named is None else str(named)
+    precision: Any = train.precision if named is None else str(named)
     if precision == "16" and not torch.cuda.is_available():
         raise ToolkitError("precision 16 needs a GPU; on a CPU use 32 or bf16")
     if precision == "auto":
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if has_bf16 else "32"
+    if train.trained_precision == "bf16" and precision != "bf16":
+        raise ToolkitError(
+            f"trained_precision bf16 with precision {precision}: set precision bf16 as well, or"
+            " leave trained_precision at 32"
+        )
     checkpointing = train.gradient_checkpointing
     if checkpointing is None:
         width = config.hidden_size * (4 * config.hidden_size + 2 * config.inner_hidden_size)
@@ -180,6 +197,9 @@ def load_for_inference(
     Raises:
         ToolkitError: if anything is missing or does not fit.
     """
+    if "default" in (adapters or {}):
+        raise ToolkitError(f"adapters: 'default' is {folder}: give the other another name")
+    recover_folder(folder)
     kind = kind_of(folder) if os.path.isdir(folder) else "weights"
     if kind == "weights":
         model, tokenizer = load_pretrained(folder, precision=precision, device=device)

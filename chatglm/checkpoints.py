@@ -4,11 +4,12 @@ A folder says by its files what it is. Each has the settings.json of its run, so
 a rank or the base weights twice.
 """
 
+import contextlib
 import copy
-import glob
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,17 @@ from .model import ChatGLMForConditionalGeneration
 from .settings import Settings
 from .sharding import is_split
 from .tokenizer import ChatGLMTokenizer
-from .tuning.adapters import CONFIG_FILE, load_adapters
+from .tuning.adapters import CONFIG_FILE, adapter_state, load_adapters, save_adapter
+from .tuning.adapters import WEIGHT_FILES as ADAPTER_FILES
 from .tuning.prompt import PREFIX, add_prefix, prefix_state
-from .weights import DTYPES, recover_folder, replace_folder, save_folder, weight_files
+from .weights import (
+    DTYPES,
+    UNREADABLE,
+    recover_folder,
+    replace_folder,
+    save_folder,
+    weight_files,
+)
 
 PREFIX_FILE = "prefix_encoder.safetensors"
 CHECKED_POSITIONS = 64
@@ -57,10 +66,21 @@ def kind_of(folder: str) -> Kind:
 
 
 def _tensor_names(path: str) -> list[str]:
-    if path.endswith(".safetensors"):
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    return list(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+    with _readable(path):
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return list(torch.load(path, map_location="meta", weights_only=True, mmap=True))
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """A damaged file is one line."""
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ToolkitError(f"{path}: can't be read ({reason}); the file is damaged") from None
 
 
 def load_prefix(model: ChatGLMForConditionalGeneration, folder: str) -> None:
@@ -68,15 +88,16 @@ def load_prefix(model: ChatGLMForConditionalGeneration, folder: str) -> None:
     path = os.path.join(folder, PREFIX_FILE)
     if not os.path.exists(path):
         (path,) = weight_files(folder)
-    if path.endswith(".safetensors"):
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with _readable(path):
+        if path.endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     add_prefix(model, state, path)
 
 
 def save_trained(
-    model: nn.Module,
+    model: Any,
     state: dict[str, Tensor],
     settings: Settings,
     folder: str,
@@ -102,64 +123,38 @@ def save_trained(
         save_file(prefix_state(state), os.path.join(aside, PREFIX_FILE), metadata={"format": "pt"})
         model.config.save_pretrained(aside)
     else:
-        _save_adapter(model, state, aside)
+        save_adapter(model, state, aside)
     with open(os.path.join(aside, "settings.json"), "w", encoding="utf-8") as file:
         file.write(settings.as_json())
     replace_folder(aside, folder)
 
 
-def _save_adapter(model: nn.Module, state: dict[str, Tensor], folder: str) -> None:
-    """PEFT's own format; AdaLoRA's cut ranks are left out of the file once they are final.
-
-    Before that a cut singular value may have grown again since the last cut, and leaving it out
-    would change the model.
-    """
-    config = model.peft_config["default"]
-    pattern = getattr(config, "rank_pattern", None)
-    if pattern and not _cuts_hold(model, pattern):
-        config.rank_pattern = None
-    try:
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-    finally:
-        if pattern:
-            config.rank_pattern = pattern
-
-
-def _cuts_hold(model: nn.Module, pattern: dict[str, list[bool]]) -> bool:
-    values = {
-        name.removesuffix(".default"): value
-        for name, value in model.base_model.model.named_parameters()
-        if ".lora_E." in name
-    }
-    return all(
-        not values[name.removesuffix(".default")].flatten()[~torch.tensor(kept).flatten()].any()
-        for name, kept in pattern.items()
-    )
-
-
 def check_saved(
-    model: nn.Module,
+    model: Any,
     state: dict[str, Tensor],
     settings: Settings,
     folder: str,
     batch: dict[str, Tensor],
 ) -> None:
-    """Read a saved folder back and compare the logits of `batch` with the trained model's.
+    """Read a saved folder back: its tensors are those of `state`, and its logits the model's.
 
     An adapter or prefix encoder is loaded, the way the infer scripts do, onto a copy of the model
     that shares its frozen weights and has NaN for trained ones. Full weights are lent from the file
-    to each module for its forward pass, so that no second model needs room. Of a model that ZeRO-3
-    has split, the tensors are compared instead, with `state`.
+    to each module for its forward pass, so that no second model needs room. The logits are those of
+    `batch`; a model that ZeRO-3 has split gives none.
 
     Raises:
-        ToolkitError: if they differ by more than the rounding of the file's precision.
+        ToolkitError: if a tensor differs, or logits do by more than the rounding of the file's
+            precision.
     """
+    _check_tensors(_trained_part(model, state, settings), folder)
     if is_split(model):
-        _check_tensors(state, folder)
         return
     training = model.training
     model.eval()
-    inputs = {n: batch[n] for n in ("input_ids", "context_lengths", "mask_positions")}
+    inputs: dict[str, Any] = {
+        n: batch[n] for n in ("input_ids", "context_lengths", "mask_positions")
+    }
     inputs |= {"use_cache": False, "logits_to_keep": CHECKED_POSITIONS}
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -168,7 +163,7 @@ def check_saved(
             with _LentWeights(model, folder):
                 found = model(**inputs).logits
         else:
-            exact = True
+            exact = settings.train.trained_precision == "32"
             found = _reloaded(model, settings, folder)(**inputs).logits
     model.train(training)
     difference = (found - expected).abs().max().item()
@@ -180,21 +175,29 @@ def check_saved(
         )
 
 
-def _check_tensors(state: dict[str, Tensor], folder: str) -> None:
-    """Every tensor of the folder's files is the one in `state`, rounded to the file's precision."""
-    own = {
-        name.replace(".modules_to_save", "").replace(".default", ""): tensor
-        for name, tensor in state.items()
-    }
-    for path in [*weight_files(folder), *glob.glob(os.path.join(folder, "*er*.safetensors"))]:
-        with safe_open(path, framework="pt") as file:
+def _trained_part(model: Any, state: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """What a folder's files hold, by name."""
+    if settings.method in ("full", "freeze"):
+        return state
+    return prefix_state(state) if settings.method == "ptuning" else adapter_state(model, state)
+
+
+def _check_tensors(expected: dict[str, Tensor], folder: str) -> None:
+    """The folder's files hold just these tensors, rounded to the files' precision."""
+    alone = [os.path.join(folder, name) for name in (PREFIX_FILE, *ADAPTER_FILES)]
+    missing = set(expected)
+    for path in [*weight_files(folder), *filter(os.path.exists, alone)]:
+        with _readable(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 stored = file.get_tensor(name)
-                if not torch.equal(stored, own[name].to(stored.dtype)):
+                if name not in missing or not torch.equal(stored, expected[name].to(stored.dtype)):
                     raise ToolkitError(f"{path}: read back, {name} is not what was saved")
+                missing.remove(name)
+    if missing:
+        raise ToolkitError(f"{folder}: read back, {min(missing)} is missing")
 
 
-def _reloaded(model: nn.Module, settings: Settings, folder: str) -> nn.Module:
+def _reloaded(model: Any, settings: Settings, folder: str) -> nn.Module:
     """A copy of the model with its trained part loaded from the folder."""
     memo: dict[int, Any] = {id(t): t for t in model.buffers()}
     memo |= {id(p): p for p in model.parameters() if not p.requires_grad}

@@ -37,10 +37,12 @@ def chunked_loss(
     labels: Tensor,
     head: Callable[[Tensor], Tensor],
     num_items_in_batch: Tensor | float | None = None,
+    *,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """`next_token_loss` of head(hidden) without ever holding all logits; a scalar.
 
-    Only the learned positions reach the head, CHUNK at a time, and the backward pass computes
+    Only the learned positions reach the head, `chunk` at a time, and the backward pass computes
     their logits again: all logits of 4 x 1024 tokens would be 2.1 GB in fp32, three times over.
     hidden (B, T, C), labels (B, T).
     """
@@ -48,7 +50,7 @@ def chunked_loss(
     learned = expected != IGNORE
     rows, targets = hidden[:, :-1][learned], expected[learned]  # (N, C), (N,)
     total = hidden.new_zeros((), dtype=torch.float32) + 0 * rows.sum().float()
-    for part, target in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
+    for part, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
         total = total + checkpoint(_summed, head, part, target, use_reentrant=False)
     count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
     return total / count

@@ -37,7 +37,7 @@ from .cache import KVCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
-from .loss import chunked_loss, next_token_loss
+from .loss import CHUNK, chunked_loss, next_token_loss
 from .positions import (
     allowed_keys,
     find_context,
@@ -392,7 +392,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
         )
         hidden = outputs.last_hidden_state
         if loss_only:
-            loss = chunked_loss(hidden, labels, self.lm_head, num_items_in_batch)
+            # ZeRO-3 gathers the head at each call, and every rank must call it equally often.
+            chunk = hidden.shape[:2].numel() if hasattr(self.lm_head.weight, "ds_id") else CHUNK
+            loss = chunked_loss(hidden, labels, self.lm_head, num_items_in_batch, chunk=chunk)
             return CausalLMOutputWithPast(loss=loss)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return CausalLMOutputWithPast(

@@ -153,7 +153,7 @@ class ChatGLMTraining(lightning.LightningModule):
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         """Loss of one batch, logged with the speed in tokens a second (pads not counted)."""
-        loss = self(batch)
+        train, loss = self.run_settings.train, self(batch)
         learned = int(batch["learned_tokens"])
         shown = loss.detach() * batch["num_items_in_batch"] / max(learned, 1)
         if learned:
@@ -171,7 +171,9 @@ class ChatGLMTraining(lightning.LightningModule):
         self.log("tokens_per_second", speed, prog_bar=True, batch_size=size)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("learning_rate", rate, batch_size=size)
-        return loss
+        # Lightning divides by the accumulated batches, and DeepSpeed once more.
+        again = train.gradient_accumulation_steps if train.enable_deepspeed else 1
+        return loss * again
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """After the first backward pass."""

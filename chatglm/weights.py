@@ -20,13 +20,15 @@ from transformers.utils import logging as hf_logging
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .model import ChatGLMForConditionalGeneration
-from .quantization.bnb import bitsandbytes_config
+from .quantization.bnb import bitsandbytes_config, keep_one_layout
 from .quantization.linear import quantize_blocks
 from .tokenizer import VOCAB_FILE, ChatGLMTokenizer
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 SMALL_MODEL = 100_000_000
 """Parameters below which saving shows no progress."""
+UNREADABLE = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError)
+"""What a damaged file of weights raises."""
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
@@ -189,7 +191,8 @@ def load_model(
     """The weights of a checked folder on a device, in `dtype` (None: as stored).
 
     quantization_bit 8 or 4: pack fp16 weights the released way. bitsandbytes_bits 8 or 4: hold
-    them in bitsandbytes' int8 or nf4.
+    them in bitsandbytes' int8 or nf4. Both pack what is stored, whatever `dtype`, so that training
+    and chat have the same weights.
 
     Raises:
         ToolkitError: if a file is damaged, tensors do not fit, or packed weights would be packed.
@@ -201,9 +204,10 @@ def load_model(
             " otherwise, name the fp16 weights"
         )
     pack = quantization_bit if not config.quantization_bit else 0
+    as_stored = dtype is None or pack or bitsandbytes_bits
     options: dict[str, Any] = {}
     if bitsandbytes_bits:
-        compute = config.dtype if dtype is None else dtype
+        compute: Any = config.dtype if dtype is None else dtype
         options["quantization_config"] = bitsandbytes_config(
             bitsandbytes_bits, compute_dtype=compute or torch.float16
         )
@@ -211,9 +215,9 @@ def load_model(
         options["device_map"] = {"": device}
     try:
         model = ChatGLMForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype="auto" if dtype is None else dtype, **options
+            folder, config=config, dtype="auto" if as_stored else dtype, **options
         )
-    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         files = ", ".join(os.path.basename(path) for path in weight_files(folder))
         raise ToolkitError(
@@ -223,6 +227,11 @@ def load_model(
         quantize_blocks(model.transformer.layers, pack, device)
         model.config.quantization_bit = pack
         model.to(device)
+    keep_one_layout(model)
+    if as_stored and dtype is not None:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -310,8 +319,8 @@ def _no_bar() -> Iterator[None]:
 def replace_folder(new: str, folder: str) -> None:
     """Put a finished folder in the place of an older one, which stands until then."""
     old = f"{folder}.old"
-    shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(folder):
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)

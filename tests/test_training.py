@@ -1,164 +1,345 @@
-"""A short training: what it leaves behind, and how it stops."""
+"""A short training: what it leaves behind, when it looks at the dev set, and how it stops."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from peft.tuners.adalora import AdaLoraModel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import train
-from chatglm.callbacks import LossCurve, build_trainer
+from chatglm.callbacks import LossCurve
+from chatglm.checkpoints import read_settings_json
 from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
-from chatglm.optim import build_optimizer, parameter_groups
-from chatglm.settings import TrainSettings
 from chatglm.training import ChatGLMTraining
 from chatglm.weights import load_config, load_pretrained
+from models import load_for_inference
+from tests.tiny_run import arguments, leftovers, weights, write_inputs
 
-ROOT = Path(__file__).parents[1]
 SAVED = {"model.safetensors", "config.json", "ice_text.model", "settings.json"}
+MULTIPLE = {"train_batch_size": 1, "eval_every_steps": 4}  # 9 steps an epoch
 
 
 @pytest.fixture(scope="module")
-def shape(tmp_path_factory):
-    """The bundled tiny config, smaller yet."""
-    config = json.loads((ROOT / "config" / "config_tiny.json").read_text())
-    config |= {"num_layers": 2, "hidden_size": 32, "inner_hidden_size": 64}
-    path = tmp_path_factory.mktemp("shape") / "config.json"
-    path.write_text(json.dumps(config))
-    return str(path)
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
 
 
-def arguments(folder, shape, **settings):
-    data = ROOT / "data"
-    settings = {
-        "config_name": shape,
-        "train_file": json.dumps([str(data / "finetune_train_examples.json")]),
-        "eval_file": json.dumps([str(data / "finetune_dev_examples.json")]),
-        "output_dir": folder / "output",
-        "save_dir": folder / "saved",
-        "max_epochs": 1,
-        "precision": 32,
-        **settings,
-    }
-    return [f"--{name}={value}" for name, value in settings.items()]
+@pytest.fixture
+def fit(tmp_path, inputs, monkeypatch):
+    """fit(**settings): the Trainer after a training into tmp_path/saved."""
+
+    def run(**settings):
+        trainers = []
+
+        def build(*args, **options):
+            trainers.append(build_trainer(*args, **options))
+            return trainers[0]
+
+        monkeypatch.setattr(train, "build_trainer", build)
+        train.main(arguments(inputs, tmp_path / "saved", **settings))
+        return trainers[0]
+
+    build_trainer = train.build_trainer
+    return run
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """Names of the folders in the order in which they are saved; none is written."""
+    names = []
+    monkeypatch.setattr(train, "save_and_check", lambda *args: names.append(Path(args[-1]).name))
+    return names
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """(train, dev) points of each curve that is drawn."""
+    drawn = []
+    monkeypatch.setattr(LossCurve, "draw", lambda self: drawn.append((self.train, self.dev)))
+    return drawn
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, shape):
-    """The folder of one finished epoch."""
-    folder = tmp_path_factory.mktemp("run")
-    train.main(arguments(folder, shape, train_batch_size=32))
-    return folder / "saved"
+def run(tmp_path_factory, inputs):
+    """The folder of two finished epochs."""
+    folder = tmp_path_factory.mktemp("run") / "saved"
+    train.main(arguments(inputs, folder, max_epochs=2))
+    return folder
 
 
-def test_an_epoch_leaves_the_best_and_the_last_weights(run):
+# What is left behind.
+
+
+def test_a_training_leaves_the_best_and_the_last_weights_and_its_settings(run):
     for name in ("best", "last"):
         assert {path.name for path in (run / name).iterdir()} >= SAVED
-        settings = json.loads((run / name / "settings.json").read_text())
-        assert settings["max_epochs"] == 1 and settings["strategy"] == "truncation"
+        settings = read_settings_json(str(run / name))
+        assert settings["max_epochs"] == 2 and settings["strategy"] == "truncation"
+        assert settings["learning_rate"] == 3e-3 and settings["lora_info_args"]["r"] == 8
         model, tokenizer = load_pretrained(str(run / name), device="cpu")
         assert model.config.num_layers == 2 and tokenizer.bos_token_id == 7
 
 
-def test_an_epoch_leaves_a_curve_and_events(run):
+def test_a_training_leaves_a_curve_events_and_its_parameters_and_nothing_half_done(run):
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "events").rglob("events.out.tfevents*"))
-    assert not list(run.rglob("*.part")) and not list(run.rglob("*.old"))
+    table = (run / "parameters.txt").read_text()
+    assert re.search(r"trained +77,824 +float32 +word_embeddings\.weight", table)
+    assert "trained 172,800 of 172,800 stored values (100.000%)" in table
+    assert not leftovers(run) and not (run / "resume").exists()
 
 
-def test_the_trained_weights_differ_from_the_new_ones(run, shape):
-    torch.manual_seed(TrainSettings().seed)
-    new = ChatGLMForConditionalGeneration(load_config(shape)).state_dict()
+def test_the_trained_weights_differ_from_the_new_ones(run, inputs):
+    torch.manual_seed(42)
+    new = ChatGLMForConditionalGeneration(load_config(str(inputs / "config.json"))).state_dict()
     trained = load_pretrained(str(run / "last"), device="cpu")[0].state_dict()
-    assert any(not torch.equal(new[name].cpu(), trained[name]) for name in new)
+    assert all(not torch.equal(new[name].cpu(), trained[name]) for name in new)
 
 
-def test_a_loss_that_is_not_a_number_stops_with_step_and_samples(tmp_path, shape, monkeypatch):
-    def poisoned(settings, config):
-        model = ChatGLMForConditionalGeneration(config)
-        with torch.no_grad():
-            next(model.parameters()).fill_(float("nan"))
+def test_the_same_command_gives_the_same_weights_and_another_seed_others(run, fit, tmp_path):
+    fit(max_epochs=2)
+    assert weights(tmp_path / "saved") == weights(run)
+    fit(max_epochs=2, seed=1)
+    assert weights(tmp_path / "saved").keys() == weights(run).keys()
+    assert not weights(tmp_path / "saved").items() & weights(run).items()
+
+
+def test_an_epoch_is_a_line_with_both_losses_and_the_perplexity(fit, capsys):
+    fit(max_epochs=2)
+    lines = re.findall(
+        r"epoch (\d): train loss ([\d.]+), dev loss ([\d.]+), perplexity ([\d.]+)\n",
+        capsys.readouterr().out,
+    )
+    assert [line[0] for line in lines] == ["1", "2"]
+    for _, _, loss, perplexity in lines:
+        assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+
+
+def test_the_train_loss_of_an_epoch_is_the_mean_over_its_learned_tokens(fit, capsys, saves):
+    fit(max_epochs=3, learning_rate=0.0)
+    fit(train_batch_size=9, learning_rate=0.0)
+    losses = re.findall(r"epoch \d: train loss ([\d.]+)", capsys.readouterr().out)
+    assert len(losses) == 4 and len(set(losses)) == 1
+
+
+@pytest.mark.parametrize("has_dev", [True, False])
+def test_each_epoch_saves_last_once_and_best_only_when_the_loss_fell(fit, saves, has_dev):
+    options = {} if has_dev else {"eval_file": "[]"}
+    fit(max_epochs=3, learning_rate=0.0, train_batch_size=9, **options)
+    assert saves == ["best", "last", "last", "last"]
+
+
+def test_without_a_dev_set_the_best_is_by_the_train_loss(fit, saves, capsys):
+    fit(max_epochs=2, eval_file="[]", learning_rate=0.01)
+    assert saves == ["best", "last", "best", "last"]
+    assert "dev loss" not in capsys.readouterr().out
+
+
+def test_the_curve_shows_the_loss_itself_when_batches_are_accumulated(fit, curves, saves):
+    fit(learning_rate=0.0)
+    fit(learning_rate=0.0, gradient_accumulation_steps=2)
+    (single, dev), (accumulated, same_dev) = curves
+    assert len(single) == 5 and all(6 < loss < 9 for _, loss in single)
+    assert [loss for _, loss in accumulated] == pytest.approx([loss for _, loss in single])
+    assert [loss for _, loss in dev] == pytest.approx([loss for _, loss in same_dev])
+
+
+def test_an_update_is_the_same_however_it_is_accumulated(fit, tmp_path):
+    found = []
+    for size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        fit(train_batch_size=size, gradient_accumulation_steps=accumulate, optimizer="adafactor")
+        model, _ = load_pretrained(str(tmp_path / "saved" / "last"), device="cpu")
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_mixed_in_data_is_trained_with_the_others(fit, inputs, monkeypatch, saves):
+    seen = []
+
+    def remember(self, batch, batch_index):
+        seen.extend(batch["sample_index"].tolist())
+
+    monkeypatch.setattr(ChatGLMTraining, "on_train_batch_start", remember)
+    mix = json.dumps([str(inputs / "mix.json")])
+    trainer = fit(max_epochs=2, mix_file=mix, mix_ratio=0.25)
+    assert trainer.global_step == 12  # 9 samples and 3 of 9, twice
+    assert sorted(index for index in seen if index < 9) == sorted([*range(9), *range(9)])
+    mixed = [index for index in seen if index >= 9]
+    assert len(mixed) == 6 and all(index < 18 for index in mixed)
+    assert sorted(mixed[:3]) != sorted(mixed[3:])
+
+
+# The dev set.
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_epochs": 3}, [5, 10, 15]),
+        ({"max_epochs": 2, "max_steps": 7}, [5, 7]),
+        ({"max_epochs": 2, "max_steps": 5}, [5]),
+        ({"max_epochs": 2, "eval_every_steps": 4}, [4, 8, 10]),
+        ({"max_epochs": 2, "eval_every_steps": 5}, [5, 10]),
+        ({"max_epochs": 2, "eval_every_steps": 2, "gradient_accumulation_steps": 2}, [2, 4, 6]),
+        ({"max_epochs": 1, "eval_every_steps": 50}, [5]),
+        ({"max_epochs": 2, "max_steps": 7, "eval_every_steps": 3}, [3, 6, 7]),
+    ],
+)
+def test_the_dev_set_is_run_when_it_is_due_and_at_the_end(fit, saves, curves, settings, expected):
+    trainer = fit(**settings, learning_rate=0.01)
+    assert [step for step, _ in curves[-1][1]] == expected
+    assert trainer.global_step == expected[-1]
+    losses = [loss for _, loss in curves[-1][1]]
+    lowest = [loss for i, loss in enumerate(losses) if loss < min([math.inf, *losses[:i]])]
+    assert saves.count("best") == len(lowest) > 0
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 2, 8])
+def test_the_dev_loss_is_the_mean_over_all_learned_tokens(fit, curves, saves, eval_batch_size):
+    fit(learning_rate=0.0, eval_batch_size=5)
+    fit(learning_rate=0.0, eval_batch_size=eval_batch_size)
+    assert curves[1][1][0][1] == pytest.approx(curves[0][1][0][1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dev_runs"), [({"max_epochs": 4}, 4), ({"max_epochs": 2, **MULTIPLE}, 5)]
+)
+def test_a_plateau_is_judged_once_a_dev_run(fit, monkeypatch, saves, curves, settings, dev_runs):
+    judged = []
+    step = ReduceLROnPlateau.step
+    monkeypatch.setattr(
+        ReduceLROnPlateau, "step", lambda self, loss: (judged.append(float(loss)), step(self, loss))
+    )
+    options = json.dumps({"factor": 0.5, "patience": 1})
+    trainer = fit(
+        scheduler_type="ReduceLROnPlateau", scheduler=options, learning_rate=1e-7, **settings
+    )
+    assert judged == [loss for _, loss in curves[-1][1]] and len(judged) == dev_runs
+    # Nothing falls by the threshold: the first run is the best, each second one after it cuts.
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-7 * 0.5 ** ((dev_runs - 1) // 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"), [({"max_epochs": 9}, 15), ({"max_epochs": 9, **MULTIPLE}, 12)]
+)
+def test_early_stopping_waits_for_so_many_dev_losses_without_a_new_lowest(
+    fit, saves, curves, settings, steps
+):
+    trainer = fit(early_stopping_patience=2, learning_rate=0.0, **settings)
+    assert trainer.global_step == steps
+    assert len(curves[-1][1]) == 3
+    assert saves[-1] == "last" and saves.count("best") == 1
+
+
+# How it stops.
+
+
+def poison(model, name="transformer.layers.1.mlp.dense_h_to_4h.weight"):
+    with torch.no_grad():
+        dict(model.named_parameters())[name].flatten()[5] = float("nan")
+
+
+def test_a_poisoned_model_stops_with_step_layer_and_samples_and_leaves_no_weights(
+    fit, tmp_path, monkeypatch
+):
+    def poisoned(*args, **options):
+        model = build_model(*args, **options)
+        poison(model)
         return model
 
+    build_model = train.build_model
     monkeypatch.setattr(train, "build_model", poisoned)
-    with pytest.raises(ToolkitError, match=r"nan at step 1 on samples \[\d+, \d+, \d+\]"):
-        train.main(arguments(tmp_path, shape, train_batch_size=3))
-    assert not (tmp_path / "saved" / "best").exists()
+    expected = (
+        r"nan at step 1, first in transformer\.layers\.1\.mlp\.dense_h_to_4h, on samples \[\d"
+    )
+    with pytest.raises(ToolkitError, match=expected):
+        fit()
+    assert not [name for name in ("best", "last", "resume") if (tmp_path / "saved" / name).exists()]
+
+
+def test_a_model_that_breaks_later_leaves_the_weights_of_before(fit, tmp_path, monkeypatch):
+    def break_at_step_7(self, batch, batch_index):
+        if self.global_step == 7:
+            poison(self.model)
+
+    monkeypatch.setattr(ChatGLMTraining, "on_train_batch_start", break_at_step_7)
+    with pytest.raises(ToolkitError, match=r"nan at step 8, first in .*dense_h_to_4h"):
+        fit(max_epochs=2)
+    for name in ("best", "last"):
+        model, _ = load_pretrained(str(tmp_path / "saved" / name), device="cpu")
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert (tmp_path / "saved" / "resume" / "state.ckpt").exists()
+    assert not leftovers(tmp_path)
+
+
+def test_a_parameter_that_the_loss_does_not_reach_stops_before_the_first_step(
+    fit, tmp_path, monkeypatch
+):
+    def with_another(*args, **options):
+        model = build_model(*args, **options)
+        model.transformer.register_parameter("unused", torch.nn.Parameter(torch.ones(2)))
+        return model
+
+    build_model = train.build_model
+    monkeypatch.setattr(train, "build_model", with_another)
+    with pytest.raises(ToolkitError, match=r"no gradient reaches transformer\.unused"):
+        fit()
     assert not (tmp_path / "saved" / "last").exists()
 
 
-def test_norms_and_biases_do_not_decay_and_all_else_does(shape):
-    model = ChatGLMForConditionalGeneration(load_config(shape))
-    decaying, others = parameter_groups(model, 0.1)
-    assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
-    ids = {id(parameter) for parameter in others["params"]}
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        assert (id(parameter) in ids) == (name.endswith("bias") or isinstance(owner, nn.LayerNorm))
-    assert len(decaying["params"]) + len(others["params"]) == len(list(model.parameters()))
-
-
-def test_frozen_parameters_are_in_no_group(shape):
-    model = ChatGLMForConditionalGeneration(load_config(shape)).requires_grad_(False)
-    assert [group["params"] for group in parameter_groups(model, 0.1)] == [[], []]
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_the_rate_rises_in_the_warm_up_to_its_peak(kind):
-    settings = TrainSettings(scheduler_type=kind, learning_rate=1.0, warmup_steps=5)
-    optimizer, schedule = build_optimizer(nn.Linear(2, 2), settings, total_steps=100)
-    rates = []
-    for _ in range(100):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert max(rates) == pytest.approx(1.0)
-    if kind != "constant":
-        assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-        assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.05
-
-
-class Constant(nn.Module):
-    """A model whose loss is always 2; stops the training at the call named."""
-
-    def __init__(self, interrupt_at=None):
-        super().__init__()
-        self.weight, self.calls, self.interrupt_at = nn.Parameter(torch.ones(1)), 0, interrupt_at
-
-    def forward(self, **batch):
-        self.calls += 1
-        if self.calls == self.interrupt_at:
+def test_an_interrupted_training_leaves_its_last_weights(fit, saves, monkeypatch):
+    def interrupt_at_step_3(self, batch, batch_index):
+        if self.global_step == 3:
             raise KeyboardInterrupt
-        return type("Output", (), {"loss": 2 + 0 * self.weight.sum()})
 
-
-def fit(folder, model, *, saves, **settings):
-    settings = TrainSettings(save_dir=str(folder), precision="32", **settings)
-    batch = {name: torch.ones(2, 3, dtype=torch.long)
-             for name in ("input_ids", "labels", "context_lengths", "mask_positions")}  # fmt: skip
-    batch |= {"sample_index": torch.arange(2), "num_tokens": torch.tensor(6)}
-    loader = torch.utils.data.DataLoader([batch] * 4, batch_size=None)
-    trainer = build_trainer(settings, lambda name: saves.append(Path(name).name), has_dev_set=False)
-    trainer.fit(ChatGLMTraining(model, settings), loader)
-    return trainer
-
-
-def test_the_curve_shows_the_loss_itself_when_batches_are_accumulated(tmp_path):
-    trainer = fit(tmp_path, Constant(), saves=[], max_epochs=1, gradient_accumulation_steps=2)
-    curve = next(c for c in trainer.callbacks if isinstance(c, LossCurve))
-    assert [loss for _, loss in curve.train] == pytest.approx([2.0] * len(curve.train))
-
-
-def test_an_interrupted_training_leaves_its_last_weights(tmp_path):
-    saves: list[str] = []
+    monkeypatch.setattr(ChatGLMTraining, "on_train_batch_start", interrupt_at_step_3)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
-        fit(tmp_path, Constant(interrupt_at=3), saves=saves, max_epochs=2)
+        fit()
     assert saves == ["last"]
 
 
-def test_each_epoch_saves_last_once_and_best_only_when_the_loss_fell(tmp_path):
-    saves: list[str] = []
-    fit(tmp_path, Constant(), saves=saves, max_epochs=3)
-    assert saves == ["best", "last", "last", "last"]
+def test_a_disk_without_room_is_refused_before_the_first_step(fit, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "checkpoint_bytes", lambda *args: 2**60)
+    with pytest.raises(ToolkitError, match=r"saved: .* GiB are free, but the checkpoints"):
+        fit()
+    assert not (tmp_path / "saved" / "last").exists()
+
+
+# AdaLoRA's ranks.
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_adalora_allots_ranks_every_optimizer_step_down_to_its_target(
+    run, fit, tmp_path, monkeypatch, accumulate
+):
+    driven = []
+    allocate = AdaLoraModel.update_and_allocate
+    monkeypatch.setattr(
+        AdaLoraModel,
+        "update_and_allocate",
+        lambda self, step: (driven.append(step), allocate(self, step)),
+    )
+    trainer = fit(
+        config_name=None, model_name_or_path=run / "last", max_epochs=3,
+        gradient_accumulation_steps=accumulate,
+        **{"adalora_info_args.with_lora": "true", "adalora_info_args.target_r": 2,
+           "adalora_info_args.init_r": 4,
+           "adalora_info_args.target_modules": '["query_key_value", "dense"]'},
+    )  # fmt: skip
+    assert trainer.global_step == (15 if accumulate == 1 else 9)
+    assert driven == list(range(trainer.global_step))
+    ranks = json.loads((tmp_path / "saved" / "ranks.json").read_text())
+    assert len(ranks) == 4 and sum(ranks.values()) == 4 * 2
+    assert len(set(ranks.values())) > 1
+    model, _ = load_for_inference(str(tmp_path / "saved" / "last"), device="cpu")
+    sizes = [p.numel() for name, p in model.named_parameters() if ".lora_E." in name]
+    assert sorted(sizes) == sorted(ranks.values())

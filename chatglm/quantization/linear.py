@@ -83,7 +83,8 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(
             torch.zeros(out_features, stored, dtype=torch.int8), requires_grad=False
         )
-        self.register_buffer("weight_scale", torch.zeros(out_features))
+        # As released, whatever the model's precision: bf16 would round them.
+        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float16))
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class QuantizedLinear(nn.Linear):
         return product.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn, recurse: bool = True) -> "QuantizedLinear":
-        """A change of the model's precision leaves the scales' alone: bf16 would round them."""
+        """A change of the model's precision leaves the scales' alone."""
         dtype, scale = self.weight_scale.dtype, self.weight_scale
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != dtype:
@@ -119,9 +120,8 @@ class QuantizedLinear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
         """A linear's weight packed as the released code packs it; the bias is shared."""
         quantized = cls(linear.in_features, linear.out_features, bits)
-        values, scale = quantize_rows(linear.weight.detach(), bits)
+        values, quantized.weight_scale = quantize_rows(linear.weight.detach(), bits)
         quantized.weight = nn.Parameter(values, requires_grad=False)
-        quantized.weight_scale = scale.to(linear.weight.dtype)
         quantized.bias = linear.bias
         return quantized
 
@@ -145,23 +145,33 @@ class QuantizedEmbedding(nn.Module):
         hidden = dequantize_rows(rows, scale, self.bits, self.weight_scale.dtype)
         return hidden.view(*input_ids.shape, -1)
 
+    def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
+        """A plain embedding of the same values."""
+        table = dequantize_rows(self.weight, self.weight_scale, self.bits, dtype)
+        return nn.Embedding.from_pretrained(table, freeze=False)
+
 
 def quantize_blocks(layers: nn.Module, bits: int, device: torch.device) -> None:
     """Pack the weight of every linear below `layers`, in place, one at a time on the device."""
-    _replace_linears(
-        layers, nn.Linear, lambda linear: QuantizedLinear.from_linear(linear.to(device), bits)
+    _replace(
+        layers, (nn.Linear,), lambda linear: QuantizedLinear.from_linear(linear.to(device), bits)
     )
 
 
-def dequantize_blocks(layers: nn.Module, dtype: torch.dtype) -> None:
-    """The inverse of `quantize_blocks`, save for what rounding took."""
-    _replace_linears(layers, QuantizedLinear, lambda linear: linear.dequantize(dtype))
+def dequantize_packed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Plain linears, and a plain embedding, of the same values, in place."""
+    _replace(model, (QuantizedLinear, QuantizedEmbedding), lambda packed: packed.dequantize(dtype))
 
 
-def _replace_linears(
-    layers: nn.Module, kind: type[nn.Module], change: Callable[[Any], nn.Module]
+def is_packed(model: nn.Module) -> bool:
+    """True if weights are packed the released way."""
+    return any(isinstance(m, QuantizedLinear | QuantizedEmbedding) for m in model.modules())
+
+
+def _replace(
+    parent: nn.Module, kinds: tuple[type[nn.Module], ...], change: Callable[[Any], nn.Module]
 ) -> None:
-    for module in list(layers.modules()):
+    for module in list(parent.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is kind:
+            if type(child) in kinds:
                 setattr(module, name, change(child))

@@ -1,23 +1,41 @@
-"""LoRA and AdaLoRA through PEFT: adding, loading strictly, merging, ranks."""
+"""LoRA and AdaLoRA through PEFT: adding, saving, loading strictly, merging, ranks."""
 
+import contextlib
 import json
 import os
+import pickle
+from collections.abc import Iterator
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils import load_peft_weights
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from ..errors import ToolkitError
 from ..model import ChatGLMForConditionalGeneration
-from ..quantization.linear import QuantizedLinear, dequantize_blocks
+from ..quantization.bnb import is_bitsandbytes
+from ..quantization.linear import dequantize_packed, is_packed
 from ..settings import AdaLoraSettings, LoraSettings
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+RESERVED_NAMES = {"", "none", "model", "base_model", "base_layer", "modules_to_save"}
+"""What no adapter may be called: the chat's word for no adapter, and PEFT's own."""
 
 
 def add_lora(model: ChatGLMForConditionalGeneration, settings: LoraSettings) -> PeftModel:
     """LoRA (Hu et al. 2021) around the target linears; everything else is frozen."""
+    if settings.use_dora:
+        _refuse_dora(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -73,14 +91,80 @@ def add_adalora(
 
 
 def _add(model: ChatGLMForConditionalGeneration, config: LoraConfig) -> PeftModel:
-    known = [name for name, _ in model.named_modules()]
     for name in config.modules_to_save or []:
-        if not any(path.rpartition(".")[2] == name for path in known):
+        fault = _why_not_to_save(model, name, set(config.target_modules or []))
+        if fault:
             raise ToolkitError(
-                f"modules_to_save: the model has no module {name!r}; allowed are such as lm_head,"
-                " word_embeddings, input_layernorm, final_layernorm"
+                f"modules_to_save {name!r}: {fault}; allowed are such as lm_head, word_embeddings,"
+                " input_layernorm, final_layernorm"
             )
-    return get_peft_model(model, config)
+    return _with_settled_ranknum(get_peft_model(model, config))
+
+
+def _with_settled_ranknum(model: PeftModel) -> PeftModel:
+    """AdaLoRA divides by `ranknum`, a constant in the precision of the model.
+
+    PEFT makes a trained parameter of it when it moves it to another precision, and never saves it.
+    """
+    dtype = model.get_base_model().dtype
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)  # type: ignore[arg-type]
+    return model
+
+
+def _why_not_to_save(model: nn.Module, name: str, targets: set[str]) -> str:
+    found = [module for path, module in model.named_modules() if path.split(".")[-1] == name]
+    inside = {path.split(".")[-1] for module in found for path, _ in module.named_modules()}
+    if not found:
+        return "the model has no such module"
+    if targets & (inside | {name}):
+        return "linears that get an adapter can't be trained in full too"
+    if not all(t.is_floating_point() for module in found for t in module.state_dict().values()):
+        return "quantised weights can't be trained themselves"
+    return ""
+
+
+def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: str) -> None:
+    """PEFT's own format; state: the model's."""
+    with _ranks_of_file(model):
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+
+def adapter_state(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors as `save_adapter` writes them, by their names in the file."""
+    with _ranks_of_file(model):
+        return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+
+
+@contextlib.contextmanager
+def _ranks_of_file(model: PeftModel) -> Iterator[None]:
+    """AdaLoRA's cut ranks are left out of the file while they hold.
+
+    In the midst of the schedule a cut singular value may have grown again since the last cut, and
+    leaving it out would change the model.
+    """
+    config: Any = model.peft_config["default"]
+    pattern = config.rank_pattern
+    if pattern and not _cuts_hold(model, pattern):
+        config.rank_pattern = None
+    try:
+        yield
+    finally:
+        config.rank_pattern = pattern
+
+
+def _cuts_hold(model: PeftModel, pattern: dict[str, list[bool]]) -> bool:
+    values = {
+        name.removesuffix(".default"): value
+        for name, value in model.get_base_model().named_parameters()
+        if ".lora_E." in name
+    }
+    return all(
+        not values[name.removesuffix(".default")].flatten()[~torch.tensor(kept).flatten()].any()
+        for name, kept in pattern.items()
+    )
 
 
 def load_adapters(model: ChatGLMForConditionalGeneration, folders: dict[str, str]) -> PeftModel:
@@ -91,18 +175,41 @@ def load_adapters(model: ChatGLMForConditionalGeneration, folders: dict[str, str
             misshapen, or an adapter was never trained (all its lora_B, or lora_E, are zero).
     """
     loaded: Any = None
+    taken = {part for path in model.state_dict() for part in path.split(".")} | RESERVED_NAMES
     for name, folder in folders.items():
-        read_adapter_config(folder)
+        if name in taken or "." in name:
+            raise ToolkitError(
+                f"adapters: {name!r} can't be a name: neither can 'none', what has a dot, and names"
+                " of the model's own parts"
+            )
+        _check_files(model, folder)
         try:
             if loaded is None:
                 loaded = PeftModel.from_pretrained(model, folder, adapter_name=name)
             else:
                 loaded.load_adapter(folder, adapter_name=name)
-        except (ValueError, KeyError, RuntimeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError, SafetensorError,
+                pickle.UnpicklingError) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:300]
             raise ToolkitError(f"{folder}: not an adapter of this model ({reason})") from None
         _check_adapter(loaded, name, folder)
-    return loaded.eval()
+    return _with_settled_ranknum(loaded).eval()
+
+
+def _refuse_dora(model: nn.Module) -> None:
+    """DoRA reckons with the weights themselves, which PEFT can't always dequantise."""
+    if is_packed(model):
+        raise ToolkitError("DoRA over weights in the released int8 or int4 can't be computed: name"
+                           " the fp16 weights")  # fmt: skip
+    if any(type(p).__name__ == "Int8Params" and p.device.type == "cpu" for p in model.parameters()):
+        raise ToolkitError("DoRA over bitsandbytes' int8 needs a GPU: use load_in_4bit on a CPU")
+
+
+def _check_files(model: nn.Module, folder: str) -> None:
+    if read_adapter_config(folder).get("use_dora"):
+        _refuse_dora(model)
+    if not any(os.path.exists(os.path.join(folder, name)) for name in WEIGHT_FILES):
+        raise ToolkitError(f"{folder}: missing {' or '.join(WEIGHT_FILES)}")
 
 
 def read_adapter_config(folder: str) -> dict[str, Any]:
@@ -126,21 +233,16 @@ def read_adapter_config(folder: str) -> dict[str, Any]:
 def _check_adapter(model: PeftModel, name: str, folder: str) -> None:
     """PEFT leaves what a file lacks at its new values, and only warns: hold them to each other."""
     stored = load_peft_weights(folder, device="cpu")
-    own = {
-        key.replace(".modules_to_save", "").replace(f".{name}", ""): value
-        for key, value in model.state_dict().items()
-        if f".{name}" in key and not key.endswith(f".ranknum.{name}")
-    }
-    stored_names = {key.replace(".modules_to_save", "") for key in stored}
-    with_biases = read_adapter_config(folder).get("bias", "none") != "none"
-    surplus = {n for n in stored_names - own.keys() if not (with_biases and n.endswith(".bias"))}
-    missing = own.keys() - stored_names
-    if missing or surplus:
-        faults = [
-            f"{len(names)} {kind}: {', '.join(sorted(names)[:4])}"
-            for kind, names in (("missing", missing), ("surplus", surplus))
-            if names
-        ]
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    faults = [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:4])}"
+        for kind, names in (
+            ("missing", own.keys() - stored.keys()),
+            ("surplus", stored.keys() - own.keys()),
+        )
+        if names
+    ]
+    if faults:
         raise ToolkitError(f"{folder}: the adapter does not fit the model: {'; '.join(faults)}")
     starts_at_zero = "lora_E" if any("lora_E" in key for key in stored) else "lora_B"
     if not any(value.any() for key, value in stored.items() if starts_at_zero in key):
@@ -151,11 +253,14 @@ def _check_adapter(model: PeftModel, name: str, folder: str) -> None:
 
 def describe_adapters(model: PeftModel) -> str:
     """One line an adapter: its name, kind, rank, and what it stands on."""
-    return "\n".join(
-        f"loaded adapter {name!r}: {config.peft_type.value}, rank"
-        f" {getattr(config, 'target_r', None) or config.r}, on {', '.join(config.target_modules)}"
-        for name, config in model.peft_config.items()
-    )
+    lines = []
+    configs: dict[str, Any] = model.peft_config
+    for name, config in configs.items():
+        targets = config.target_modules
+        rank = getattr(config, "target_r", config.r)
+        on = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        lines.append(f"loaded adapter {name!r}: {config.peft_type.value}, rank {rank}, on {on}")
+    return "\n".join(lines)
 
 
 def merge_adapter(model: PeftModel) -> ChatGLMForConditionalGeneration:
@@ -163,13 +268,35 @@ def merge_adapter(model: PeftModel) -> ChatGLMForConditionalGeneration:
 
     Weights packed in int8 or int4 (released or bitsandbytes') are dequantised first; the result
     is no longer quantised.
+
+    Raises:
+        ToolkitError: if the sum is not finite.
     """
-    base = model.get_base_model()
+    whole = _on_dequantised(model) if needs_dequantising(model) else model
+    try:
+        return whole.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ToolkitError(f"the adapter can't be merged: {error}") from None
+
+
+def _on_dequantised(model: PeftModel) -> PeftModel:
+    """The active adapter on the plain weights of a quantised model, which is taken apart."""
+    name = model.active_adapter
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    base: Any = model.unload()
     dtype = base.dtype
-    if any(isinstance(module, QuantizedLinear) for module in base.modules()):
-        dequantize_blocks(base, dtype)
-        base.config.quantization_bit = 0
-    return model.merge_and_unload(safe_merge=True)
+    if is_bitsandbytes(base):
+        base = base.dequantize(dtype)
+    dequantize_packed(base, dtype)
+    base.config.quantization_bit, base.config.quantization_embeddings = 0, False
+    again = get_peft_model(base, model.peft_config[name], adapter_name=name)
+    set_peft_model_state_dict(again, state, adapter_name=name)
+    return again.eval()
+
+
+def needs_dequantising(model: nn.Module) -> bool:
+    """True if merging changes how the weights are held."""
+    return is_packed(model) or is_bitsandbytes(model)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -187,13 +314,3 @@ def adapter_ranks(model: nn.Module) -> dict[str, int]:
         for name, values in model.named_parameters()
         if ".lora_E." in name
     }
-
-
-def needs_dequantising(model: nn.Module) -> bool:
-    """True if merging changes how the weights are held."""
-    return any(
-        isinstance(module, QuantizedLinear)
-        or type(module.weight).__name__ in ("Int8Params", "Params4bit")
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    )

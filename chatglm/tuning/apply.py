@@ -31,12 +31,20 @@ def apply_method(
     elif settings.method == "adalora":
         tuned = add_adalora(model, settings.adalora, total_steps=total_steps)
     dtype = torch.float32 if settings.train.trained_precision == "32" else torch.bfloat16
-    for parameter in tuned.parameters():
-        if parameter.requires_grad and not settings.train.enable_deepspeed:  # has fp32 of its own
-            parameter.data = parameter.data.to(dtype)
+    if not settings.train.enable_deepspeed:  # it has an fp32 copy of its own
+        _cast_trained(tuned, dtype)
     if not any(parameter.requires_grad for parameter in tuned.parameters()):
         raise ToolkitError("no parameter of this model is trained: check the method's settings")
     return tuned
+
+
+def _cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Norms go along, trained or not: a CPU computes none whose weight is in less than its input or
+    its bias."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad or isinstance(module, nn.LayerNorm):
+                parameter.data = parameter.data.to(dtype)
 
 
 def parameter_table(model: nn.Module) -> str:

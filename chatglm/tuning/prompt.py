@@ -1,5 +1,7 @@
 """p-tuning v2: everything is frozen but the encoder of the virtual tokens (prefix.py)."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..errors import ToolkitError
@@ -31,7 +33,8 @@ def add_prefix(
     Raises:
         ToolkitError: naming the tensors that are missing, surplus or misshapen.
     """
-    config, table = model.config, state.get(f"{PREFIX}embedding.weight")
+    config: Any = model.config
+    table = state.get(f"{PREFIX}embedding.weight")
     if table is None:
         raise ToolkitError(f"{where}: no tensor {PREFIX}embedding.weight")
     config.pre_seq_len = table.shape[0]

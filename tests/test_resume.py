@@ -1,0 +1,427 @@
+"""A run that is cut off goes on to the very bytes that it would have come to undisturbed."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from chatglm.callbacks import LossCurve, SaveResume
+from chatglm.errors import ToolkitError
+from chatglm.training import ChatGLMTraining
+from chatglm.weights import load_pretrained
+from tests.tiny_run import ROOT, arguments, leftovers, train_in_child, weights, write_inputs
+
+TARGETS = '["query_key_value", "dense"]'
+METHODS = {
+    "full": {"gradient_accumulation_steps": 2, "eval_every_steps": 2, "max_epochs": 3},
+    "lora": {
+        "max_epochs": 3,
+        "lora_info_args.with_lora": "true",
+        "lora_info_args.r": 2,
+        "lora_info_args.lora_dropout": 0.1,
+        "lora_info_args.target_modules": TARGETS,
+    },
+    "ptuning": {"max_epochs": 3, "pre_seq_len": 4, "eval_every_steps": 3},
+    "adalora": {
+        "max_epochs": 3,
+        "adalora_info_args.with_lora": "true",
+        "adalora_info_args.target_r": 2,
+        "adalora_info_args.init_r": 4,
+        "adalora_info_args.target_modules": TARGETS,
+    },
+}
+
+
+class CutOffError(Exception):
+    """Stands for a kill at a moment that a test chooses."""
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    """Half of the time of so short a run is its picture's."""
+    monkeypatch.setattr(LossCurve, "draw", lambda self: None)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(inputs):
+    """Weights to tune, out of a short training."""
+    train.main(arguments(inputs, inputs / "base", eval_file="[]"))
+    return inputs / "base" / "last"
+
+
+@pytest.fixture(scope="module")
+def commands(inputs, base):
+    """commands(method, save_dir, **settings): the arguments of a run that saves every step."""
+
+    def command(method, save_dir, **settings):
+        tuned = {} if method == "full" else {"model_name_or_path": base, "config_name": None}
+        options = {"save_every_steps": 1, **METHODS[method], **tuned, **settings}
+        return arguments(inputs, save_dir, **options)
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, commands):
+    """undisturbed(method, **settings): the weights of a run without a cut, made once."""
+    made = {}
+
+    def run(method, **settings):
+        key = json.dumps([method, settings], sort_keys=True, default=str)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            train.main(commands(method, folder, **settings))
+            made[key] = weights(folder)
+            assert len(made[key]) == 2
+        return made[key]
+
+    return run
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """cut_off(argv, at): train until so many batches are done in this call."""
+
+    def run(argv, at):
+        def count(self, batch, batch_index):
+            nonlocal seen
+            if seen == at:
+                raise CutOffError
+            seen += 1
+            start(self, batch, batch_index)
+
+        seen = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(ChatGLMTraining, "on_train_batch_start", count)
+            with pytest.raises(CutOffError):
+                train.main(argv)
+
+    start = ChatGLMTraining.on_train_batch_start
+    return run
+
+
+# Kills.
+
+
+def wait_for_news(path, process, *, old):
+    """Until the file is another one than before, or the process has ended."""
+    deadline = time.monotonic() + 60
+    while process.is_alive() and (not path.exists() or path.stat().st_ino == old):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def kill_at_random(argv, folder, randomness, *, log):
+    """SIGKILL in a random moment after the run has written its first resume/ ; True if it hit."""
+    context = multiprocessing.get_context("forkserver")  # imports once, for all of them
+    context.set_forkserver_preload(["train", "tests.tiny_run"])
+    written = folder / "resume" / "run.json"
+    old = written.stat().st_ino if written.exists() else None
+    process = context.Process(target=train_in_child, args=(argv, str(log)))
+    process.start()
+    wait_for_news(written, process, old=old)
+    time.sleep(randomness.uniform(0, 0.25))
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
+    method, tmp_path, commands, undisturbed, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    randomness = random.Random(f"{method} 1")
+    folder = tmp_path / "saved"
+    argv = commands(method, folder)
+    killed = 0
+    while killed < 3 and kill_at_random(argv, folder, randomness, log=tmp_path / "log"):
+        killed += 1
+    assert killed > 0
+    train.main(argv)
+    assert weights(folder) == undisturbed(method)
+    assert not leftovers(folder) and not (folder / "resume").exists()
+
+
+@pytest.mark.slow
+def test_the_script_itself_goes_on_after_a_kill(tmp_path, commands, undisturbed):
+    folder = tmp_path / "saved"
+    argv = [sys.executable, "train.py", *commands("full", folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 120
+        while not (folder / "resume" / "run.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "resume: going on with the unfinished run" in done.stdout
+    assert weights(folder) == undisturbed("full")
+
+
+# Cuts at chosen moments.
+
+
+PATIENT = {
+    "scheduler_type": "ReduceLROnPlateau",
+    "scheduler": '{"factor": 0.5, "patience": 0}',
+    "early_stopping_patience": 2,
+    "learning_rate": 0.1,  # too much: the dev loss goes up and down
+    "max_epochs": 6,
+}
+VARIANTS = {
+    "a dev run each epoch": {"eval_every_steps": None, "gradient_accumulation_steps": 1},
+    "dev runs between the saves": {"eval_every_steps": 3, "save_every_steps": 2},
+    "dev runs at the saves": {"eval_every_steps": 2, "save_every_steps": 2},
+    "plateau and patience by epochs": {"eval_every_steps": None, **PATIENT},
+    "plateau and patience by steps": {"eval_every_steps": 2, **PATIENT},
+    "saves by epochs": {"save_every_steps": 0},
+    "steps that end in an epoch": {"max_steps": 8},
+    "steps that end in an epoch, dev runs by epochs": {"max_steps": 8, "eval_every_steps": None},
+    "no dev set": {"eval_file": "[]", "eval_every_steps": None},
+    "a schedule of cycles": {"scheduler_type": "CAWR", "warmup_steps": 2},
+}
+
+
+@pytest.mark.parametrize("at", [4, 5, 6, 9])  # of 5 batches and 3 steps an epoch
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_cut_off_after_any_batch_ends_as_if_it_had_not_been(
+    variant, at, tmp_path, commands, undisturbed, cut_off
+):
+    argv = commands("full", tmp_path, **VARIANTS[variant])
+    cut_off(argv, at)
+    train.main(argv)
+    assert weights(tmp_path) == undisturbed("full", **VARIANTS[variant])
+
+
+def test_a_run_cut_off_twice_and_again_in_the_same_epoch_ends_as_if_it_had_not_been(
+    tmp_path, commands, undisturbed, cut_off, inputs
+):
+    mix = {"mix_file": json.dumps([str(inputs / "mix.json")]), "mix_ratio": 0.4}
+    argv = commands("full", tmp_path, **mix)
+    for at in (3, 2, 4, 5):
+        cut_off(argv, at)
+    train.main(argv)
+    assert weights(tmp_path) == undisturbed("full", **mix)
+
+
+def test_the_curve_of_a_run_that_went_on_has_every_step_once(
+    tmp_path, commands, cut_off, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(LossCurve, "draw", lambda self: drawn.append((self.train, self.dev)))
+    argv = commands("lora", tmp_path / "cut")
+    cut_off(argv, 3)
+    cut_off(argv, 4)
+    train.main(argv)
+    after_cuts = drawn[-1]
+    train.main(commands("lora", tmp_path / "whole"))
+    assert after_cuts == drawn[-1] and len(after_cuts[0]) == 15
+
+
+@pytest.fixture
+def interrupted(tmp_path, commands, cut_off):
+    """(folder, arguments) of a run that was cut off in its second epoch."""
+    argv = commands("full", tmp_path / "saved")
+    cut_off(argv, 7)
+    return tmp_path / "saved", argv
+
+
+def damage_new(resume):
+    """A kill while the next one is written."""
+    shutil.copytree(resume, f"{resume}.part")
+    os.truncate(f"{resume}.part/state.ckpt", 1000)
+    os.remove(f"{resume}.part/run.json")
+
+
+def damage_between(resume):
+    """A kill between the two renames."""
+    shutil.copytree(resume, f"{resume}.part")
+    os.rename(resume, f"{resume}.old")
+
+
+def damage_after(resume):
+    """A kill before the older one is removed."""
+    shutil.copytree(resume, f"{resume}.old")
+
+
+@pytest.mark.parametrize("damage", [damage_new, damage_between, damage_after])
+def test_a_kill_while_resume_is_written_loses_nothing(interrupted, undisturbed, damage, capsys):
+    folder, argv = interrupted
+    damage(folder / "resume")
+    capsys.readouterr()
+    train.main(argv)
+    assert "resume: going on with the unfinished run" in capsys.readouterr().out
+    assert weights(folder) == undisturbed("full")
+    assert not leftovers(folder)
+
+
+# What may not go on.
+
+
+def test_another_setting_is_refused_by_its_full_name(interrupted):
+    folder, argv = interrupted
+    before = (folder / "resume" / "state.ckpt").read_bytes()
+    changes = ["--seed=1", "--lora_info_args.r=4", "--learning_rate=0.1"]
+    names = r"another learning_rate, lora_info_args\.r, seed: give that back"
+    with pytest.raises(ToolkitError, match=names):
+        train.main([*argv, *changes])
+    assert (folder / "resume" / "state.ckpt").read_bytes() == before
+
+
+def test_changed_data_is_refused(interrupted, inputs, undisturbed):
+    folder, argv = interrupted
+    path = inputs / "train.json"
+    content = path.read_text()
+    path.write_text(content + content.splitlines(keepends=True)[0])
+    try:
+        with pytest.raises(ToolkitError, match="unfinished run with another the data"):
+            train.main(argv)
+    finally:
+        path.write_text(content)
+    train.main(argv)
+    assert weights(folder) == undisturbed("full")
+
+
+def test_settings_without_effect_on_the_result_may_change(interrupted, undisturbed):
+    folder, argv = interrupted
+    train.main([*argv, "--save_every_steps=0", "--resume"])
+    assert weights(folder) == undisturbed("full")
+
+
+def test_resume_false_starts_anew_and_drops_the_unfinished_run(
+    interrupted, undisturbed, cut_off, capsys
+):
+    folder, argv = interrupted
+    cut_off([*argv, "--resume=false", "--seed=1"], 1)
+    assert not (folder / "resume").exists()
+    capsys.readouterr()
+    train.main([*argv, "--resume=false"])
+    assert "going on" not in capsys.readouterr().out
+    assert weights(folder) == undisturbed("full")
+
+
+def test_resume_true_without_an_unfinished_run_is_refused(tmp_path, commands):
+    with pytest.raises(ToolkitError, match=r"--resume: .*resume does not exist; leave resume out"):
+        train.main(commands("full", tmp_path, resume="true"))
+
+
+def test_a_finished_run_starts_anew(tmp_path, commands, undisturbed, capsys):
+    argv = commands("full", tmp_path)
+    for _ in range(2):
+        train.main(argv)
+        assert "going on" not in capsys.readouterr().out
+        assert weights(tmp_path) == undisturbed("full")
+
+
+def test_a_run_that_may_not_save_leaves_no_resume(tmp_path, commands, cut_off, capsys):
+    argv = commands("full", tmp_path, save_every_steps=-1)
+    cut_off(argv, 7)
+    assert not (tmp_path / "resume").exists() and (tmp_path / "last").exists()
+
+
+@pytest.mark.parametrize("name", ["state.ckpt", "run.json"])
+def test_a_damaged_resume_is_a_line_that_says_what_to_do(interrupted, name):
+    folder, argv = interrupted
+    os.truncate(folder / "resume" / name, 100)
+    with pytest.raises(ToolkitError, match=r"resume.*damaged.*--resume false"):
+        train.main(argv)
+
+
+# A full disk.
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(disk, *, leave):
+    """Write a file until so many bytes are free."""
+    with open(disk / "filler", "wb") as file:
+        file.write(bytes(shutil.disk_usage(disk).free - leave))
+
+
+def readable(folder):
+    """The weights and the resume state can be loaded whole."""
+    model, _ = load_pretrained(str(folder / "last"), device="cpu")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    load_file(folder / "best" / "model.safetensors")
+    state = torch.load(folder / "resume" / "state.ckpt", weights_only=False)
+    assert state["state_dict"] and json.loads((folder / "resume" / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("leave", "cut"), [(300_000, "best|last"), (1_500_000, "resume"), (0, r"\w+")]
+)
+def test_a_disk_that_fills_up_ends_in_a_line_and_the_same_command_goes_on(
+    small_disk, commands, undisturbed, monkeypatch, leave, cut
+):
+    def fill_in_the_second_epoch(self, batch, batch_index):
+        if (self.current_epoch, batch_index) == (1, 3):
+            fill(small_disk, leave=leave)
+        start(self, batch, batch_index)
+
+    start = ChatGLMTraining.on_train_batch_start
+    folder = small_disk / "saved"
+    options = {"eval_every_steps": None, "save_every_steps": 0}
+    argv = commands("full", folder, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatGLMTraining, "on_train_batch_start", fill_in_the_second_epoch)
+        with pytest.raises(ToolkitError, match=rf"saved/?({cut})?.*Make room") as caught:
+            train.main(argv)
+    assert "\n" not in str(caught.value)
+    readable(folder)
+    assert not leftovers(folder)
+    (small_disk / "filler").unlink()
+    train.main(argv)
+    assert weights(folder) == undisturbed("full", **options)
+
+
+def test_every_save_leaves_whole_folders_only(tmp_path, commands, monkeypatch):
+    seen = []
+
+    def look(self, trainer):
+        save(self, trainer)
+        seen.append(trainer.global_step)
+        if trainer.global_step > 3:
+            readable(tmp_path)
+        assert not leftovers(tmp_path)
+
+    save = SaveResume._save
+    monkeypatch.setattr(SaveResume, "_save", look)
+    options = {"save_every_steps": 2, "eval_every_steps": None, "max_epochs": 3}
+    train.main(commands("full", tmp_path, **options))
+    assert seen == [2, 3, 4, 6, 8]
