@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .model import ChatGLMForConditionalGeneration
-from .quantization.bnb import bitsandbytes_config, keep_one_layout
+from .quantization.bnb import bitsandbytes_config, settle_nf4
 from .quantization.linear import quantize_blocks
 from .tokenizer import VOCAB_FILE, ChatGLMTokenizer
 
@@ -227,7 +228,7 @@ def load_model(
         quantize_blocks(model.transformer.layers, pack, device)
         model.config.quantization_bit = pack
         model.to(device)
-    keep_one_layout(model)
+    settle_nf4(model, dtype)
     if as_stored and dtype is not None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -268,11 +269,17 @@ def choose_device(device: str) -> torch.device:
 def describe(model: PreTrainedModel, where: str) -> str:
     """One line: what was loaded, from where, in which precision, on which device."""
     count = sum(parameter.numel() for parameter in model.parameters())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    count += sum(m.in_features * m.out_features - m.weight.numel() for m in linears)  # 2 a byte
     bits = model.config.quantization_bit
-    weights = f"int{bits} weights, {str(model.dtype)[6:]}" if bits else str(model.dtype)[6:]
+    held = {
+        bool(bits): f"int{bits} weights, ",
+        getattr(model, "is_loaded_in_8bit", False): "bitsandbytes int8 weights, ",
+        getattr(model, "is_loaded_in_4bit", False): "nf4 weights, ",
+    }.get(True, "")
     return (
         f"loaded {where}: {model.config.num_layers} layers, {count / 1e6:,.1f} M parameters,"
-        f" {weights}, on {model.device}"
+        f" {held}{str(model.dtype)[6:]}, on {model.device}"
     )
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from chatglm.model import ChatGLMForConditionalGeneration
 
+from .tiny_weights import write_weights
+
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS = "pytorch_model.bin"
@@ -82,6 +84,12 @@ def quantized_folders(tmp_path_factory, released_state):
         bits: write_quantized(tmp_path_factory.mktemp(f"int{bits}"), released_state, bits)
         for bits in (8, 4)
     }
+
+
+@pytest.fixture(scope="session")
+def weights_folder(tmp_path_factory):
+    """Two layers in fp16 with their tokenizer, to be tuned. Tests leave it as they found it."""
+    return write_weights(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

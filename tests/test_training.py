@@ -136,8 +136,10 @@ def test_each_epoch_saves_last_once_and_best_only_when_the_loss_fell(fit, saves,
     assert saves == ["best", "last", "last", "last"]
 
 
-def test_without_a_dev_set_the_best_is_by_the_train_loss(fit, saves, capsys):
-    fit(max_epochs=2, eval_file="[]", learning_rate=0.01)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_without_a_dev_set_the_best_is_by_the_train_loss(fit, saves, capsys, accumulate):
+    options = {"eval_file": "[]", "gradient_accumulation_steps": accumulate}
+    fit(max_epochs=2, learning_rate=0.01, **options)
     assert saves == ["best", "last", "best", "last"]
     assert "dev loss" not in capsys.readouterr().out
 
@@ -189,7 +191,10 @@ def test_mixed_in_data_is_trained_with_the_others(fit, inputs, monkeypatch, save
         ({"max_epochs": 2, "max_steps": 5}, [5]),
         ({"max_epochs": 2, "eval_every_steps": 4}, [4, 8, 10]),
         ({"max_epochs": 2, "eval_every_steps": 5}, [5, 10]),
-        ({"max_epochs": 2, "eval_every_steps": 2, "gradient_accumulation_steps": 2}, [2, 4, 6]),
+        (
+            {"max_epochs": 3, "eval_every_steps": 2, "gradient_accumulation_steps": 2},
+            [2, 4, 6, 8, 9],
+        ),
         ({"max_epochs": 1, "eval_every_steps": 50}, [5]),
         ({"max_epochs": 2, "max_steps": 7, "eval_every_steps": 3}, [3, 6, 7]),
     ],

@@ -35,8 +35,8 @@ def bitsandbytes_config(bits: int, *, compute_dtype: torch.dtype) -> BitsAndByte
     )
 
 
-def keep_one_layout(model: nn.Module) -> None:
-    """Have nf4 weights stay as they are in eval mode.
+def settle_nf4(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Have nf4 weights dequantised to `dtype` (None: as stored), and stay as they are in eval mode.
 
     On CPUs with AVX512-BF16 bitsandbytes else repacks them at the first answer: in place, for a
     product in bf16 that has no gradient, so that no training goes on after a dev loss.
@@ -45,6 +45,7 @@ def keep_one_layout(model: nn.Module) -> None:
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            module.weight.quant_state.dtype = dtype or module.weight.quant_state.dtype
 
 
 def is_bitsandbytes(model: nn.Module) -> bool:

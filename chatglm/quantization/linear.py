@@ -171,7 +171,8 @@ def is_packed(model: nn.Module) -> bool:
 def _replace(
     parent: nn.Module, kinds: tuple[type[nn.Module], ...], change: Callable[[Any], nn.Module]
 ) -> None:
-    for module in list(parent.modules()):
+    keepers = [module for module in parent.modules() if type(module) not in kinds]
+    for module in keepers:  # a list of all would keep every replaced one in memory
         for name, child in list(module.named_children()):
             if type(child) in kinds:
                 setattr(module, name, change(child))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -184,10 +185,12 @@ def load_adapters(model: ChatGLMForConditionalGeneration, folders: dict[str, str
             )
         _check_files(model, folder)
         try:
-            if loaded is None:
-                loaded = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                loaded.load_adapter(folder, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what matters of them is an error below
+                if loaded is None:
+                    loaded = PeftModel.from_pretrained(model, folder, adapter_name=name)
+                else:
+                    loaded.load_adapter(folder, adapter_name=name)
         except (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError, SafetensorError,
                 pickle.UnpicklingError) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:300]

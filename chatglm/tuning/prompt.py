@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ToolkitError
@@ -26,9 +27,10 @@ def prefix_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def add_prefix(
     model: ChatGLMForConditionalGeneration, state: dict[str, Tensor], where: str
 ) -> None:
-    """Give a loaded model the encoder whose tensors are in `state`, in its dtype and device.
+    """Give a loaded model the encoder whose tensors are in `state`, on its device.
 
-    Its size follows from the tensors: (P, layers * 2 * C), or (P, C) with a projection.
+    Its size follows from the tensors: (P, layers * 2 * C), or (P, C) with a projection. It computes
+    in the tensors' precision or the model's, whichever is more.
 
     Raises:
         ToolkitError: naming the tensors that are missing, surplus or misshapen.
@@ -51,5 +53,6 @@ def add_prefix(
     if faults:
         raise ToolkitError(f"{where}: not a prefix encoder of this model: {'; '.join(faults)}")
     encoder.load_state_dict({n.removeprefix(PREFIX): t for n, t in state.items()})
-    encoder = encoder.to(model.device, next(iter(state.values())).dtype)
+    dtype: Any = torch.promote_types(table.dtype, model.dtype)  # type: ignore[arg-type]
+    encoder = encoder.to(model.device, dtype)
     model.transformer.prefix_encoder = encoder.train(model.training)
