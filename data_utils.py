@@ -4,9 +4,12 @@ python data_utils.py                # build the records of train_file and eval_f
 python data_utils.py --help         # every setting as a flag
 """
 
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from chatglm import corpus, records, strategies
@@ -14,7 +17,7 @@ from chatglm.building import read_config_file
 from chatglm.command_line import parse_settings, run_script
 from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
-from chatglm.prompts import TEMPLATE_VERSION, build_prompt
+from chatglm.prompts import TEMPLATE_VERSION
 from chatglm.settings import (
     AdaLoraSettings,
     DataSettings,
@@ -149,12 +152,18 @@ class DataHelper:
         texts = [text for rounds in paragraphs for one in rounds for text in one]
         self.tokenizer: ChatGLMTokenizer
         self.config: ChatGLMConfig
-        self.tokenizer, self.config = build_tokenizer(settings, texts)
+        with self._lock() if train.from_scratch else contextlib.nullcontext():
+            self.tokenizer, self.config = build_tokenizer(settings, texts)
         if data.ensure_answer_min_length + 3 >= train.max_seq_length:
             raise ToolkitError(
                 f"ensure_answer_min_length {data.ensure_answer_min_length} leaves no room for a"
                 f" prompt in max_seq_length {train.max_seq_length}"
             )
+
+    def _lock(self) -> FileLock:
+        """Held while building: torchrun and srun start all processes of a machine at once."""
+        os.makedirs(self.train.output_dir, exist_ok=True)
+        return FileLock(f"{self.train.output_dir}/.lock")
 
     def make_dataset_with_args(self, split: str) -> str | None:
         """Path of the record file of "train", "mix" or "dev", built now if anything changed.
@@ -166,34 +175,30 @@ class DataHelper:
             return None
         path = f"{self.train.output_dir}/{split}.record"
         source = self._source(files)
-        reason = records.reason_to_rebuild(path, source)
-        if reason is None:
-            print(f"{path}: {_summary(records.Counts(**records.read_manifest(path)['counts']))}")
-            return path
-        print(f"{path}: building ({reason})")
-        samples = tqdm(self.samples(files), unit=" samples", desc=split, disable=None)
-        counts = records.write_records(path, samples, source)
-        print(f"{path}: {_summary(counts)}")
+        if records.reason_to_rebuild(path, source):
+            with self._lock():
+                self._build(path, split, source)
+        print(f"{path}: {_summary(records.Counts(**records.read_manifest(path)['counts']))}")
         return path
+
+    def _build(self, path: str, split: str, source: dict) -> None:
+        """Unless the process that held the lock before has done it."""
+        reason = records.reason_to_rebuild(path, source)
+        if reason:
+            print(f"{path}: building ({reason})")
+            samples = self.samples(self.files[split])
+            bar = tqdm(samples, unit=" samples", desc=split, disable=None)
+            records.write_records(path, bar, source)
 
     def samples(self, files: list[str]) -> Iterator[strategies.Sample]:
         """One sample a round, with the earlier rounds in its prompt."""
-        tokenizer = self.tokenizer
-        special = strategies.SpecialTokens(
-            tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+        samples = corpus.build_samples(
+            corpus.read_paragraphs(files),
+            self.tokenizer,
+            max_seq_length=self.train.max_seq_length,
+            ensure_answer_min_length=self.data.ensure_answer_min_length,
         )
-        for rounds in corpus.read_paragraphs(files):
-            prompts = [build_prompt(q, rounds[:i]) for i, (q, _) in enumerate(rounds)]
-            answers = [answer for _, answer in rounds]
-            encoded = tokenizer.encode_texts([*prompts, *answers])
-            for prompt, answer in zip(encoded[: len(rounds)], encoded[len(rounds) :], strict=True):
-                yield strategies.truncate(
-                    prompt,
-                    answer,
-                    special,
-                    max_seq_length=self.train.max_seq_length,
-                    ensure_answer_min_length=self.data.ensure_answer_min_length,
-                )
+        return (sample for _, _, sample in samples)
 
     def _source(self, files: list[str]) -> dict:
         return {

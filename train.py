@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -57,20 +58,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         Rehearsal(batch),
         LossCurve(os.path.join(settings.train.save_dir, "loss_curve.png")),
         SaveTrained(settings.train.save_dir, save, has_dev_set="dev" in records),
-        SaveResume(settings, data.digest()),
+        SaveResume(settings, data.digest(), state),
     ]
     trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in records)
-    fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
-    report_after(settings, model, trainer)
+    metrics = fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
+    report_after(settings, model, {"steps": trainer.global_step, **metrics})
 
 
-def fit(trainer, module, settings: Settings, state: str | None) -> None:
-    """Train; a full memory ends with what to change."""
+def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, float]:
+    """Train; the last metrics. A full memory ends with what to change."""
     try:
         trainer.fit(module, ckpt_path=state, weights_only=False)
+        metrics = dict(trainer.callback_metrics)
+        if settings.train.eval_file and module.dev_step != trainer.global_step:
+            trainer.validate(module, verbose=False)  # max_steps ended between two dev runs
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise ToolkitError(f"{reason} {out_of_memory_advice(settings)}") from None
+    return {name: float(value) for name, value in (metrics | trainer.callback_metrics).items()}
 
 
 def save_and_check(model, settings: Settings, tokenizer, batch, state: dict, folder: str) -> None:
@@ -105,20 +110,20 @@ def report_before(settings: Settings, model, config, data: TrainingData, *, step
         print(f"warmup_steps {train.warmup_steps} is more than a tenth of the steps: {given}")
 
 
-def report_after(settings: Settings, model, trainer) -> None:
-    """What it took, where the result is, and how to talk to it."""
-    train = settings.train
-    speed = float(trainer.callback_metrics["tokens_per_second"])
-    took = f"{trainer.global_step} steps, {speed:,.0f} tokens a second in the last epoch"
+def report_after(settings: Settings, model, metrics: dict[str, float]) -> None:
+    """What it took, where the result is, and how to talk to it; also as summary.json."""
+    train, ranks = settings.train, adapter_ranks(model)
+    names = ("steps", "train_loss", "dev_loss", "tokens_per_second")
+    summary: dict[str, Any] = {n: round(metrics[n], 6) for n in names if n in metrics}
     if torch.cuda.is_available():
-        took += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    print(took)
-    ranks = adapter_ranks(model)
-    if ranks:
-        with open(os.path.join(train.save_dir, "ranks.json"), "w", encoding="utf-8") as file:
-            json.dump(ranks, file, indent=2)
-        for name, rank in ranks.items():
-            print(f"rank {rank:3}  {name}")
+        summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    print(", ".join(f"{name} {value}" for name, value in summary.items()))
+    for name, rank in ranks.items():
+        print(f"rank {rank:3}  {name}")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    summary |= {"trained_parameters": trained, **({"ranks": ranks} if ranks else {})}
+    with open(os.path.join(train.save_dir, "summary.json"), "w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=2)
     script = "infer_lora_finetuning.py" if "lora" in settings.method else "infer_finetuning.py"
     print(f"saved {train.save_dir}/best and {train.save_dir}/last")
     print(f"talk to it with: python {script} --checkpoint {train.save_dir}/last")

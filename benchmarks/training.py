@@ -104,14 +104,17 @@ def run_row(name: str, folder: str, work: str, steps: int) -> str:
     seconds = time.perf_counter() - start
     with open(f"{work}/{name}.log", encoding="utf-8") as file:
         log = file.read()
-    shutil.rmtree(save, ignore_errors=True)
     if done.returncode:
         return f"| {name} | {batch} x {length} | failed: {log.strip().splitlines()[-1][:200]} |"
+    with open(f"{save}/summary.json", encoding="utf-8") as file:
+        found = json.load(file)
+    shutil.rmtree(save)
     estimate = re.search(r"about ([\d.]+) GiB", log)
-    found = re.search(r"([\d,]+) tokens a second.*peak memory ([\d.]+) GiB", log)
-    assert estimate and found, log[-2000:]
-    return (f"| {name} | {batch} x {length} | {found[2]} | {estimate[1]} | {found[1]}"
-            f" | {seconds:.0f} |")  # fmt: skip
+    return (
+        f"| {name} | {batch} x {length} | {found['peak_memory_gib']}"
+        f" | {estimate[1] if estimate else ''} | {found['tokens_per_second']:,.0f}"
+        f" | {seconds:.0f} |"
+    )
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors import SafetensorError
+from torch import Tensor
 
 from .errors import ToolkitError
 from .guards import check_gradients
 from .settings import Settings
-from .sharding import whole_state
+from .sharding import is_split, whole_state
 from .weights import recover_folder, replace_folder
 
 STATE_FILE = "state.ckpt"
@@ -80,7 +82,8 @@ class SaveTrained(lightning.Callback):
     def on_train_epoch_end(self, trainer, module) -> None:
         """Lightning runs the dev set before this."""
         if not self.has_dev_set:
-            self._keep_best(trainer, float(trainer.callback_metrics["train_loss"]))
+            loss = trainer.strategy.reduce(trainer.callback_metrics["train_loss"].clone())
+            self._keep_best(trainer, float(loss))  # all ranks or none
         if trainer.current_epoch + 1 < trainer.max_epochs and not trainer.should_stop:
             self._save(trainer, "last")
 
@@ -89,9 +92,17 @@ class SaveTrained(lightning.Callback):
         self._save(trainer, "last")
 
     def on_exception(self, trainer, module, exception) -> None:
-        """Ctrl-C keeps what was learned; after any other error the last good weights stay."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:
-            self._save(trainer, "last")
+        """Ctrl-C keeps what was learned; after any other error the last good weights stay.
+
+        The ranks are not at the same place any more, so rank 0 acts alone, if it has all weights.
+        """
+        if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
+            return
+        if is_split(module.model):
+            print("interrupted: the weights are split over the devices, last/ stays as it was")
+        else:
+            self._write(trainer, whole_state(module.model), "last")
+            print(f"interrupted: what was learned is in {os.path.join(self.folder, 'last')}")
 
     def _keep_best(self, trainer, loss: float) -> None:
         if loss < self.best:
@@ -101,10 +112,13 @@ class SaveTrained(lightning.Callback):
     def _save(self, trainer, name: str) -> None:
         state = whole_state(trainer.lightning_module.model)  # all ranks together
         if trainer.is_global_zero:
-            arithmetic = trainer.precision_plugin.forward_context()
-            with writing(os.path.join(self.folder, name)), arithmetic:
-                self.save(state, os.path.join(self.folder, name))
+            self._write(trainer, state, name)
         trainer.strategy.barrier()
+
+    def _write(self, trainer, state: dict[str, Tensor], name: str) -> None:
+        folder = os.path.join(self.folder, name)
+        with writing(folder), trainer.precision_plugin.forward_context():
+            self.save(state, folder)
 
 
 @contextlib.contextmanager
@@ -128,10 +142,51 @@ class SaveResume(lightning.Callback):
     parameters, optimizer, schedule, position in the data and counts of the other callbacks.
     """
 
-    def __init__(self, settings: Settings, data_digest: str):
+    def __init__(self, settings: Settings, data_digest: str, state: str | None):
+        """state: of find_resume."""
+        self.settings, self.state = settings, state
         self.folder, self.every = resume_folder(settings), settings.train.save_every_steps
         self.run = {"settings": settings.as_dict(), "data": data_digest}
         self.saved_step = -1
+
+    def setup(self, trainer, module, stage) -> None:
+        """All machines must train the same on the same, and go on from the same step.
+
+        Raises:
+            ToolkitError: on the machine that differs from the first one.
+        """
+        step = read_run(self.folder).get("step", 0) if self.state else 0
+        first, first_step = trainer.strategy.broadcast((self.run, step))
+        differing = differences(self.settings, self.run["data"], first)
+        if differing:
+            raise ToolkitError(
+                f"the first machine has another {', '.join(differing)}: start the same command on"
+                " all machines, with the same files"
+            )
+        if step != first_step:
+            raise ToolkitError(
+                f"{self.folder}: the first machine goes on from step {first_step}, this one from"
+                f" {step}: give a save_dir that all machines share, or copy the first one's resume/"
+                " to the others, or start anew with --resume false"
+            )
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and self.every >= 0:
+            self._check_shared(trainer)
+
+    def _check_shared(self, trainer) -> None:
+        """Each rank writes its part of DeepSpeed's state, and reads all of them."""
+        path = f"{self.folder}.{trainer.strategy.broadcast(secrets.token_hex(4))}"
+        if trainer.is_global_zero:
+            open(path, "w").close()
+        trainer.strategy.barrier()
+        is_shared = os.path.exists(path)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            os.remove(path)
+        if not is_shared:
+            raise ToolkitError(
+                f"{self.folder}: with DeepSpeed every machine writes a part of it: give a save_dir"
+                " that all machines share, or --save_every_steps -1"
+            )
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Between epochs; a step that a dev run follows is saved after that."""
@@ -158,8 +213,9 @@ class SaveResume(lightning.Callback):
             trainer.save_checkpoint(os.path.join(aside, STATE_FILE))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
+            run = {**self.run, "step": trainer.global_step}
             with open(os.path.join(aside, RUN_FILE), "w", encoding="utf-8") as file:
-                json.dump(self.run, file, ensure_ascii=False, indent=2)
+                json.dump(run, file, ensure_ascii=False, indent=2)
             replace_folder(aside, self.folder)
 
     def on_train_end(self, trainer, module) -> None:
@@ -195,11 +251,7 @@ def find_resume(settings: Settings, data_digest: str) -> str | None:
         if settings.train.resume:
             raise ToolkitError(f"--resume: {folder} does not exist; leave resume out to start anew")
         return None
-    with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
-        run = json.load(file)
-    differing = settings.differing(run["settings"])
-    if run["data"] != data_digest:
-        differing.append("the data")
+    differing = differences(settings, data_digest, read_run(folder))
     if differing:
         raise ToolkitError(
             f"{folder} holds an unfinished run with another {', '.join(differing)}: give that back"
@@ -207,6 +259,18 @@ def find_resume(settings: Settings, data_digest: str) -> str | None:
         )
     print(f"{folder}: going on with the unfinished run")
     return path
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """What stands beside the state in resume/: settings, data and step of its run."""
+    with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def differences(settings: Settings, data_digest: str, run: dict[str, Any]) -> list[str]:
+    """Names of what would make another run of this one."""
+    differing = settings.differing(run["settings"])
+    return differing if run["data"] == data_digest else [*differing, "data"]
 
 
 class LossCurve(lightning.Callback):

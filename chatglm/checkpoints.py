@@ -159,16 +159,17 @@ def check_saved(
     with torch.no_grad():
         expected = model(**inputs).logits
         if settings.method in ("full", "freeze"):
-            exact = settings.train.precision == "32"
             with _LentWeights(model, folder):
                 found = model(**inputs).logits
         else:
-            rounded = settings.train.enable_deepspeed and settings.train.precision != "32"
-            exact = settings.train.trained_precision == "32" and not rounded
             found = _reloaded(model, settings, folder)(**inputs).logits
     model.train(training)
     difference = (found - expected).abs().max().item()
-    allowed = (1e-5 if exact else 0.05) * max(expected.abs().max().item(), 1.0)
+    # Half precision rounds otherwise where a shape or a type differs: AdaLoRA's ranks that were cut,
+    # adapters that DeepSpeed holds in 16 bits. A lost tensor makes more of a difference.
+    allowed = (1e-5 if settings.train.precision == "32" else 0.05) * max(
+        expected.abs().max().item(), 1.0
+    )
     if not difference <= allowed:  # NaN is a difference too
         raise ToolkitError(
             f"{folder}: read back, its logits differ by {difference:.3g} from those of the model"

@@ -1,18 +1,21 @@
-"""Question/answer paragraphs from files, one JSON object a line.
+"""Question/answer paragraphs from files, one JSON object a line; and the samples they make.
 
     {"id": 0, "paragraph": [{"q": "question", "a": "answer" or ["line", "line"]}, ...]}
 
-Every complaint names file and line.
+Every complaint names file and line. Training's records and the evaluation take their samples from
+here, so that a model is scored on what it was trained to read.
 """
 
 import codecs
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .errors import ToolkitError
+from .prompts import build_prompt
+from .strategies import Sample, SpecialTokens, truncate
 
 Rounds = list[tuple[str, str]]
 
@@ -78,3 +81,29 @@ def _parse_round(content: Any, where: str) -> tuple[str, str]:
     if any("\ud800" <= character <= "\udfff" for character in question + answer):
         raise ToolkitError(f"{where}: half a surrogate pair, which is no character")
     return question, answer
+
+
+def build_samples(
+    paragraphs: Iterable[Rounds], tokenizer, *, max_seq_length: int, ensure_answer_min_length: int
+) -> Iterator[tuple[str, list[int], Sample]]:
+    """A round's prompt, the ids of its whole answer, and its sample; all rounds, in order.
+
+    The earlier rounds of the paragraph stand in the prompt. Only the sample is cut.
+    """
+    special = SpecialTokens(
+        tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    )
+    for rounds in paragraphs:
+        prompts = [build_prompt(q, rounds[:i]) for i, (q, _) in enumerate(rounds)]
+        answers = [answer for _, answer in rounds]
+        encoded = tokenizer.encode_texts([*prompts, *answers])
+        ids = zip(prompts, encoded[: len(rounds)], encoded[len(rounds) :], strict=True)
+        for prompt, prompt_ids, answer_ids in ids:
+            sample = truncate(
+                prompt_ids,
+                answer_ids,
+                special,
+                max_seq_length=max_seq_length,
+                ensure_answer_min_length=ensure_answer_min_length,
+            )
+            yield prompt, answer_ids, sample

@@ -109,6 +109,19 @@ def check_gradients(named_gradients: Iterable[tuple[str, Tensor | None]]) -> Non
         raise ToolkitError("all gradients are zero after the first step: nothing would be trained")
 
 
+def check_scale(scale: float, *, step: int) -> None:
+    """Stop when 16-bit training skips step after step: each halves the scale of the loss.
+
+    Raises:
+        ToolkitError: if the scale has fallen below 1, from 65536 at the start.
+    """
+    if scale < 1:
+        raise ToolkitError(
+            f"the gradients of 16-bit training overflow at any scale, at step {step}: use precision"
+            " bf16, whose range is that of 32 bits"
+        )
+
+
 def check_disk(folder: str, needed: int) -> None:
     """Room for the checkpoints to come, in bytes; those that stand there are replaced.
 

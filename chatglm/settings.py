@@ -127,12 +127,12 @@ class TrainSettings:
     """Of weights, order and dropout."""
 
     def __post_init__(self):
-        _at_least(self, 1, "max_seq_length", "train_batch_size", "eval_batch_size", "devices")
-        _at_least(self, 1, "gradient_accumulation_steps", "max_epochs", "eval_every_steps")
-        _at_least(self, 1, "early_stopping_patience", "rank_timeout_seconds")
-        _at_least(self, 0, "warmup_steps", "weight_decay", "learning_rate", "max_grad_norm")
-        _at_least(self, 0, "seed", "adam_epsilon", "mix_ratio")
-        _at_least(self, -1, "save_every_steps")
+        at_least(self, 1, "max_seq_length", "train_batch_size", "eval_batch_size", "devices")
+        at_least(self, 1, "gradient_accumulation_steps", "max_epochs", "eval_every_steps")
+        at_least(self, 1, "early_stopping_patience", "rank_timeout_seconds")
+        at_least(self, 0, "warmup_steps", "weight_decay", "learning_rate", "max_grad_norm")
+        at_least(self, 0, "seed", "adam_epsilon", "mix_ratio")
+        at_least(self, -1, "save_every_steps")
         if self.seed >= 2**32:
             raise ToolkitError(f"seed {self.seed}: allowed is 0 to {2**32 - 1}")
         if not all(0 <= beta < 1 for beta in self.optimizer_betas):
@@ -169,7 +169,7 @@ class DataSettings:
     """Answer tokens that a cut leaves, at the expense of the oldest prompt tokens."""
 
     def __post_init__(self):
-        _at_least(self, 1, "ensure_answer_min_length")
+        at_least(self, 1, "ensure_answer_min_length")
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class ModelSettings:
     """Hold the frozen weights in bitsandbytes nf4."""
 
     def __post_init__(self):
-        _at_least(self, 0, "global_num_layers_freeze")
-        _at_least(self, 1, "pre_seq_len")
+        at_least(self, 0, "global_num_layers_freeze")
+        at_least(self, 1, "pre_seq_len")
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class LoraSettings:
     """Train the magnitude of each row apart (DoRA)."""
 
     def __post_init__(self):
-        _at_least(self, 1, "r", name_in=self.section)
+        at_least(self, 1, "r", name_in=self.section)
         _check_adapter(self)
 
 
@@ -260,8 +260,8 @@ class AdaLoraSettings:
     """Modules trained in full and saved with the adapter, such as lm_head."""
 
     def __post_init__(self):
-        _at_least(self, 1, "target_r", "init_r", "deltaT", "total_step", name_in=self.section)
-        _at_least(self, 0, "tinit", "tfinal", "orth_reg_weight", name_in=self.section)
+        at_least(self, 1, "target_r", "init_r", "deltaT", "total_step", name_in=self.section)
+        at_least(self, 0, "tinit", "tfinal", "orth_reg_weight", name_in=self.section)
         if self.target_r > self.init_r:
             raise ToolkitError(
                 f"{self.section}: target_r {self.target_r} is above init_r {self.init_r}: ranks are"
@@ -456,7 +456,7 @@ class ChatSettings:
     """cuda, cuda:1, mps or cpu; auto: the GPU if there is one."""
 
 
-def _at_least(settings: Any, bound: float, *names: str, name_in: str = "") -> None:
+def at_least(settings: Any, bound: float, *names: str, name_in: str = "") -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and not value >= bound:  # NaN is not

@@ -11,9 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from .callbacks import DirectCheckpointIO
-from .cluster import Cluster, Watchdog, set_network_interface
+from .cluster import Cluster, set_network_interface
 from .settings import Settings
 from .sharding import AnyDeviceDeepSpeed, read_deepspeed_config
+from .watchdog import Watchdog
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device tables
 warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the plan is

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .batches import BatchPlan, SampleDataset, build_loader, longest_batch
 from .errors import ToolkitError
-from .guards import check_gradients, check_labels, check_loss
+from .guards import check_gradients, check_labels, check_loss, check_scale
 from .optim import build_optimizer
 from .records import RecordFile, read_manifest
 from .settings import Settings
@@ -187,6 +187,9 @@ class ChatGLMTraining(lightning.LightningModule):
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         """The step; AdaLoRA then allots ranks by the gradients, which stand until the next."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            check_scale(scaler.get_scale(), step=self.global_step)
         if self.run_settings.method == "adalora" and self._gradients_are_finite():
             self.model.base_model.update_and_allocate(self.trainer.global_step)
 
@@ -200,7 +203,9 @@ class ChatGLMTraining(lightning.LightningModule):
         learned = int(batch["learned_tokens"])
         # AdaLoRA's wrapper would add its own term to the loss; its base has the adapters as well.
         loss = self._loss(plain_model(self.model), batch)
-        self.log("dev_loss", loss, prog_bar=True, on_epoch=True, batch_size=learned, sync_dist=True)
+        # Lightning rounds the ranks' mean batch size down to a whole number: make it one.
+        size = learned * self.trainer.world_size
+        self.log("dev_loss", loss, prog_bar=True, on_epoch=True, batch_size=size, sync_dist=True)
 
     def on_validation_end(self) -> None:
         """A plateau is judged once per dev run; Lightning would count batches or epochs."""

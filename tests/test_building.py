@@ -31,7 +31,16 @@ from chatglm.weights import describe, load_tokenizer
 from data_utils import read_settings
 
 from .conftest import load
-from .tiny_weights import QUANTIZED, SHAPE, build, gradients, logits, settings, with_tokenizer
+from .tiny_weights import (
+    QUANTIZED,
+    SHAPE,
+    build,
+    every_pair,
+    gradients,
+    logits,
+    settings,
+    with_tokenizer,
+)
 
 QUESTION = "串丼"
 GREEDY = ["--do_sample", "false", "--max_new_tokens", "6", "--device", "cpu"]
@@ -173,11 +182,10 @@ def test_new_weights_are_drawn_from_the_seed(capsys):
     assert "config_tiny.json (new weights): 2 layers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["full", "freeze", "projection", "lora", "adalora"])
-@pytest.mark.parametrize("held", ["whole", "int4"])
+@pytest.mark.parametrize(
+    ("method", "held"), [(m, h) for m, h in every_pair() if h in ("whole", "int4")]
+)
 def test_recomputed_activations_give_the_same_gradients(weights_folder, method, held):
-    if (method, held) in (("full", "int4"), ("freeze", "int4")):
-        pytest.skip("refused")
     found = []
     for recomputed in (False, True):
         chosen = settings(weights_folder, method, model=QUANTIZED.get(held),
@@ -297,6 +305,21 @@ def test_a_chat_holds_the_weights_as_the_training_did_and_says_so(
     bare = describe(load(weights_folder), str(weights_folder))
     named = held.replace("bnb", "bitsandbytes")
     assert said == bare.replace(", float32", f", {named} weights, float32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+@pytest.mark.parametrize(
+    ("method", "held"), [(m, h) for m, h in every_pair() if m in ("projection", "dora", "adalora")]
+)
+def test_a_chat_in_half_precision_answers_about_the_same(tuned, caplog, method, held, precision):
+    folder = tuned("last", method, model=QUANTIZED.get(held))
+    expected = logits(load_for_inference(folder, device="cpu")[0])
+    model, tokenizer = load_for_inference(folder, device="cpu", precision=precision)
+    found = logits(model)
+    assert found.dtype == {"bf16": torch.bfloat16, "16": torch.float16}[precision]
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    answer(model, tokenizer)
+    assert not [record for record in caplog.records if "bitsandbytes" in record.name]
 
 
 # The scripts

@@ -76,8 +76,7 @@ def test_a_saved_folder_computes_what_the_trained_model_does(
     assert torch.equal(logits(run.load()), logits(run.model))
 
 
-@pytest.mark.parametrize("method", ["ptuning", "rslora"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("method", "bits"), [("ptuning", 8), ("rslora", 4)])
 def test_a_round_trip_over_the_released_packed_weights_is_exact(
     tmp_path, quantized_folders, method, bits
 ):
@@ -168,8 +167,9 @@ def surplus(state):
 
 
 @pytest.mark.parametrize("damage", [zeroed, one_bit, missing, surplus])
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("rslora", "projection")])
-@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "precision"), [("full", "bf16"), *((method, "32") for method in METHODS)]
+)
 def test_reading_back_finds_a_tensor_that_is_not_what_was_saved(
     weights_folder, tmp_path, method, damage, precision
 ):

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README_zh.md")
+MORE_SCRIPTS = ("infer_lora_finetuning.py", "evaluate.py")
 SET_UP = ("make", "python3 -m venv", ".venv/bin/pip", ".venv/bin/python -m pytest")
 
 
@@ -45,7 +46,7 @@ def test_every_flag_named_in_the_readmes_exists():
         subprocess.run(
             [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
-        for script in ("train.py", "infer.py", "infer_finetuning.py")
+        for script in ("train.py", "infer.py", "infer_finetuning.py", *MORE_SCRIPTS)
     )
     for flag in set(re.findall(r"--[a-z][a-z_]+", text)):
         assert flag in helps, flag

@@ -11,10 +11,12 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 import evaluate
+from chatglm import evaluation
 from chatglm.batches import Item, collate
 from chatglm.command_line import run_script
 from chatglm.corpus import read_paragraphs
 from chatglm.errors import ToolkitError
+from chatglm.evaluation import build_examples, mean_loss
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.prompts import build_prompt
 from chatglm.records import RecordFile
@@ -52,7 +54,7 @@ def checkpoint(tmp_path_factory):
     tokenizer = train_tokenizer(texts, str(folder / "tokenizer"), vocab_size=config["vocab_size"])
     torch.manual_seed(0)
     model = ChatGLMForConditionalGeneration(load_config(str(folder / "config.json")))
-    samples = [one.sample for one in evaluate.build_examples(KNOWN, tokenizer, max_seq_length=99)]
+    samples = [one.sample for one in build_examples(KNOWN, tokenizer, max_seq_length=99)]
     items = [(Item(0, tokens_per_batch=1), sample) for sample in samples]
     batch = collate(items, pad_token_id=config["pad_token_id"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -159,39 +161,17 @@ def test_an_adapter_scores_as_the_weights_it_is_merged_into(config, checkpoint, 
     options = {"checkpoint": tmp_path / "adapter", "model_name_or_path": checkpoint}
     evaluate.main(arguments(tmp_path, **options))
     summary = json.loads((tmp_path / "new" / "predictions.scores.json").read_text())
-    examples = evaluate.build_examples(KNOWN + UNKNOWN, tokenizer, max_seq_length=99)
+    examples = build_examples(KNOWN + UNKNOWN, tokenizer, max_seq_length=99)
     merged = tuned.merge_and_unload().eval()
-    loss = evaluate.mean_loss(merged, [one.sample for one in examples], batch_size=2)
+    loss = mean_loss(merged, [one.sample for one in examples], batch_size=2)
     assert summary["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
-
-
-def test_a_batch_is_answered_as_the_released_code_does_and_as_each_prompt_alone(released, golden):
-    padded = golden["greedy_batch.input_ids"]
-    prompts = [[token for token in row if token != 3] for row in padded.tolist()]
-    assert len({len(ids) for ids in prompts}) > 1
-    options = {"max_new_tokens": 80 - padded.shape[1], "eos_token_id": 305}
-    together = evaluate.generate_answers(released, prompts, **options)
-    for ids, answer, row in zip(prompts, together, golden["greedy_batch.output_ids"], strict=True):
-        assert answer == [token for token in row[padded.shape[1] :].tolist() if token != 3]
-        assert evaluate.generate_answers(released, [ids], **options) == [answer]
-
-
-def test_the_model_reads_what_it_reads_in_chat(loaded):
-    _, tokenizer = loaded
-    for example in evaluate.build_examples(KNOWN, tokenizer, max_seq_length=99):
-        assert example.prompt_ids == tokenizer.encode_prompt(example.prompt)
-
-
-def test_batches_hold_every_index_once_longest_first():
-    batches = list(evaluate.batches_by_length([2, 9, 4, 9, 1], 2, name="test"))
-    assert batches == [[1, 3], [2, 0], [4]]
 
 
 def test_a_model_that_says_nothing_scores_0_and_is_counted(loaded, capsys, tmp_path, monkeypatch):
     model, tokenizer = loaded
     monkeypatch.setattr(evaluate, "load_for_inference", lambda *a, **k: (model, tokenizer))
     monkeypatch.setattr(
-        evaluate, "generate_answers", lambda m, prompts, **k: [[k["eos_token_id"]]] * len(prompts)
+        evaluation, "generate_answers", lambda m, prompts, **k: [[k["eos_token_id"]]] * len(prompts)
     )
     evaluate.main(arguments(tmp_path))
     printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())

@@ -8,11 +8,16 @@ from hypothesis import strategies as st
 from chatglm.quantization.linear import (
     QuantizedEmbedding,
     QuantizedLinear,
+    dequantize_packed,
     dequantize_rows,
+    is_packed,
     pack_int4,
+    quantize_blocks,
     quantize_rows,
     unpack_int4,
 )
+
+from .conftest import load
 
 nibbles = st.integers(1, 5).flatmap(
     lambda pairs: st.lists(
@@ -88,3 +93,32 @@ def test_a_quantised_embedding_gives_rows_of_the_dequantised_table(bits):
     full = dequantize_rows(table.weight, table.weight_scale, bits, torch.float16)
     ids = torch.tensor([[3, 0], [11, 3]])
     assert torch.equal(table(ids), full[ids])
+    assert torch.equal(table.dequantize(torch.float16)(ids), full[ids])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_stay_as_stored_in_a_model_of_another_precision(
+    quantized_folders, released_state, bits, dtype
+):
+    name = "transformer.layers.3.mlp.dense_4h_to_h.weight"
+    _, scale = quantize_rows(released_state[name], bits)
+    loaded = load(quantized_folders[bits], dtype=dtype)
+    for model in (loaded, loaded.to(torch.bfloat16), loaded.float()):
+        assert torch.equal(model.state_dict()[f"{name}_scale"], scale)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packing_and_dequantising_leave_plain_linears_of_the_nearest_values(bits):
+    block = torch.nn.ModuleDict({"in": torch.nn.Linear(32, 12), "out": torch.nn.Linear(12, 8)})
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    quantize_blocks(block, bits, torch.device("cpu"))
+    assert is_packed(block) and block.state_dict()["in.weight"].dtype == torch.int8
+    dequantize_packed(block, torch.float32)
+    assert not is_packed(block) and type(block["in"]) is type(block["out"]) is torch.nn.Linear
+    for name, tensor in block.state_dict().items():
+        if name.endswith("bias"):
+            assert torch.equal(tensor, before[name])
+        else:
+            step = before[name].abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+            assert ((tensor - before[name]).abs() <= 0.6 * step).all()

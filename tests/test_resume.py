@@ -19,7 +19,15 @@ from chatglm.callbacks import LossCurve, SaveResume
 from chatglm.errors import ToolkitError
 from chatglm.training import ChatGLMTraining
 from chatglm.weights import load_pretrained
-from tests.tiny_run import ROOT, arguments, leftovers, train_in_child, weights, write_inputs
+from tests.tiny_run import (
+    ROOT,
+    arguments,
+    leftovers,
+    stay_on_the_cpu,
+    train_in_child,
+    weights,
+    write_inputs,
+)
 
 TARGETS = '["query_key_value", "dense"]'
 METHODS = {
@@ -46,10 +54,14 @@ class CutOffError(Exception):
     """Stands for a kill at a moment that a test chooses."""
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """Half of the time of so short a run is its picture's."""
-    monkeypatch.setattr(LossCurve, "draw", lambda self: None)
+@pytest.fixture(scope="module", autouse=True)
+def surroundings():
+    """No GPU, and no picture, which would take half of the time of so short a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        stay_on_the_cpu(patch)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setattr(LossCurve, "draw", lambda self: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +159,8 @@ def kill_at_random(argv, folder, randomness, *, log):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
-    method, tmp_path, commands, undisturbed, monkeypatch
+    method, tmp_path, commands, undisturbed
 ):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     randomness = random.Random(f"{method} 1")
     folder = tmp_path / "saved"
     longer = {"max_epochs": 4}

@@ -18,10 +18,17 @@ from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.training import ChatGLMTraining
 from chatglm.weights import load_config, load_pretrained
 from models import load_for_inference
-from tests.tiny_run import arguments, leftovers, weights, write_inputs
+from tests.tiny_run import arguments, leftovers, stay_on_the_cpu, weights, write_inputs
 
 SAVED = {"model.safetensors", "config.json", "ice_text.model", "settings.json"}
 MULTIPLE = {"train_batch_size": 1, "eval_every_steps": 4}  # 9 steps an epoch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        stay_on_the_cpu(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

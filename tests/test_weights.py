@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from chatglm.checkpoints import read_settings_json
 from chatglm.configuration import ChatGLMConfig
 from chatglm.corpus import read_paragraphs
 from chatglm.errors import ToolkitError
@@ -20,7 +21,6 @@ from chatglm.weights import (
     find_folder,
     load_config,
     load_pretrained,
-    read_run_settings,
     save_folder,
 )
 
@@ -41,8 +41,12 @@ def model():
 
 @pytest.fixture
 def folder(tmp_path, model, tokenizer):
-    save_folder(model, tokenizer, '{"seed": 1}', str(tmp_path / "saved"))
+    save(model, tokenizer, '{"seed": 1}', tmp_path / "saved")
     return tmp_path / "saved"
+
+
+def save(model, tokenizer, settings, folder, dtype=torch.float32):
+    save_folder(model, model.state_dict(), tokenizer, settings, str(folder), dtype=dtype)
 
 
 def tiny(**changes):
@@ -70,15 +74,15 @@ def test_a_saved_folder_loads_to_the_same_logits_and_pieces(folder, model, token
 def test_a_saved_folder_holds_all_that_a_chat_needs(folder):
     names = {"model.safetensors", "config.json", "ice_text.model", "settings.json"}
     assert names <= {path.name for path in folder.iterdir()}
-    assert read_run_settings(str(folder)) == {"seed": 1}
-    assert read_run_settings(str(folder.parent)) == {}
+    assert read_settings_json(str(folder)) == {"seed": 1}
+    assert read_settings_json(str(folder.parent)) == {}
     assert [path.name for path in folder.parent.iterdir()] == ["saved"]
 
 
 def test_a_save_over_an_older_folder_replaces_it(folder, model, tokenizer):
     (folder / "left over").write_text("")
-    save_folder(model, tokenizer, '{"seed": 2}', str(folder))
-    assert read_run_settings(str(folder)) == {"seed": 2}
+    save(model, tokenizer, '{"seed": 2}', folder)
+    assert read_settings_json(str(folder)) == {"seed": 2}
     assert not (folder / "left over").exists()
 
 
@@ -95,11 +99,11 @@ def test_a_save_that_fails_midway_leaves_the_old_folder(
     monkeypatch.setattr(type({"model": model, "tokenizer": tokenizer}[failing]),
                         "save_pretrained", fail)  # fmt: skip
     with pytest.raises(OSError, match="disk full"):
-        save_folder(model, tokenizer, "{}", str(folder))
+        save(model, tokenizer, "{}", folder)
     assert files(folder) == before
     monkeypatch.undo()
-    save_folder(model, tokenizer, '{"seed": 3}', str(folder))
-    assert read_run_settings(str(folder)) == {"seed": 3}
+    save(model, tokenizer, '{"seed": 3}', folder)
+    assert read_settings_json(str(folder)) == {"seed": 3}
 
 
 @pytest.mark.parametrize("name", ["config.json", "ice_text.model", "model.safetensors"])
@@ -181,7 +185,7 @@ def test_a_damaged_file_is_a_toolkit_error(folder, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ToolkitError, match=name):
         load_pretrained(str(folder), device="cpu")
-        read_run_settings(str(folder))
+        read_settings_json(str(folder))
 
 
 def test_a_weight_of_a_wrong_shape_or_absent_is_a_toolkit_error(folder):

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
 WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors", "prefix_encoder.safetensors")
@@ -39,6 +41,13 @@ def arguments(inputs, save_dir, **settings):
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
+def stay_on_the_cpu(patch):
+    """Same bytes need the same order of every sum, which a GPU doesn't keep."""
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for other processes
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    patch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
 def weights(folder):
     """The bytes of the weights in best/ and last/, by their paths."""
     found = {}
@@ -56,8 +65,6 @@ def leftovers(folder):
 
 def train_in_child(argv, log):
     """Run train.py in a process of multiprocessing; what it prints goes to the file `log`."""
-    import torch
-
     import train
     from chatglm.command_line import run_script
 

@@ -2,5 +2,7 @@
 
 import logging
 
-# PEFT imports bitsandbytes wherever it is installed, which then warns of a CPU kernel it lacks.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# PEFT imports bitsandbytes wherever it is installed, which then warns of a CPU kernel it lacks; and
+# its int8 warns of a rounding at every linear of every step.
+for name in ("backends.cpu.ops", "autograd._functions"):
+    logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)

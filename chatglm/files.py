@@ -1,0 +1,32 @@
+"""A text file that is either whole or not there."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import TextIO
+
+from .errors import ToolkitError
+
+
+@contextlib.contextmanager
+def written_aside(path: str) -> Iterator[TextIO]:
+    """A text file that takes its place when it is whole.
+
+    Raises:
+        ToolkitError: before anything else is done, if it can't be written there.
+    """
+    aside = f"{path}.part"
+    if os.path.isdir(path):
+        raise ToolkitError(f"{path}: a folder; name a file")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = open(aside, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ToolkitError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        with file:
+            yield file
+        os.replace(aside, path)
+    finally:
+        pathlib.Path(aside).unlink(missing_ok=True)
