@@ -5,10 +5,11 @@ python infer_lora_finetuning.py --adapters '{"law": "./law/last", "poems": "./po
 python infer_lora_finetuning.py --enable_merge_weight --merge_dir ./merged
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from chatglm.checkpoints import kind_of
+from chatglm.checkpoints import kind_of, read_settings_json
 from chatglm.command_line import parse_settings, run_script
 from chatglm.errors import ToolkitError
 from chatglm.settings import ChatSettings
@@ -34,7 +35,7 @@ class AdapterSettings:
     enable_merge_weight: bool = False
     """Merge the adapter into its weights and save them."""
     merge_dir: str = "./best_ckpt/merged"
-    """Where merged weights go: a plain folder that infer.py reads."""
+    """Where merged weights go: a plain folder that infer.py reads, new or of an earlier merge."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{where.checkpoint} holds no adapter: python infer_finetuning.py --checkpoint"
             f" {where.checkpoint}"
         )
+    if where.enable_merge_weight and not may_replace(where.merge_dir):
+        raise ToolkitError(f"merge_dir {where.merge_dir} is there already: name another")
     model, tokenizer = load_for_inference(
         where.checkpoint,
         precision=chat.inference_precision,
@@ -57,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if where.enable_merge_weight:
         model = merge(model, tokenizer, where.merge_dir)
     converse(model, tokenizer, chat)
+
+
+def may_replace(folder: str) -> bool:
+    """True where nothing is lost: a merged folder alone has a settings.json of nothing."""
+    if not os.path.exists(folder):
+        return True
+    return os.path.exists(os.path.join(folder, "settings.json")) and not read_settings_json(folder)
 
 
 def merge(model, tokenizer, folder: str):

@@ -199,7 +199,8 @@ def load_for_inference(
     """
     if "default" in (adapters or {}):
         raise ToolkitError(f"adapters: 'default' is {folder}: give the other another name")
-    recover_folder(folder)
+    for path in (folder, *(adapters or {}).values()):
+        recover_folder(path)
     kind = kind_of(folder) if os.path.isdir(folder) else "weights"
     if kind == "weights":
         model, tokenizer = load_pretrained(folder, precision=precision, device=device)
@@ -215,13 +216,18 @@ def load_for_inference(
             " does not say on which weights: give --model_name_or_path"
         )
     bits = 8 if run.get("load_in_8bit") else 4 if run.get("load_in_4bit") else 0
-    model, tokenizer = load_pretrained(
-        under,
-        precision=precision,
-        device=device,
-        quantization_bit=run.get("quantization_bit") or 0,
-        bitsandbytes_bits=bits,
-    )
+    try:
+        model, tokenizer = load_pretrained(
+            under,
+            precision=precision,
+            device=device,
+            quantization_bit=run.get("quantization_bit") or 0,
+            bitsandbytes_bits=bits,
+        )
+    except ToolkitError as error:
+        raise ToolkitError(
+            f"{folder} stands on {under} (--model_name_or_path names other weights): {error}"
+        ) from None
     print(describe(model, under))
     if kind == "prefix":
         load_prefix(model, folder)

@@ -146,7 +146,7 @@ class SaveResume(lightning.Callback):
         """state: of find_resume."""
         self.settings, self.state = settings, state
         self.folder, self.every = resume_folder(settings), settings.train.save_every_steps
-        self.run = {"settings": settings.as_dict(), "data": data_digest}
+        self.run = {"settings": json.loads(settings.as_json()), "data": data_digest}
         self.saved_step = -1
 
     def setup(self, trainer, module, stage) -> None:

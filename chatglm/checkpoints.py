@@ -165,7 +165,7 @@ def check_saved(
             found = _reloaded(model, settings, folder)(**inputs).logits
     model.train(training)
     difference = (found - expected).abs().max().item()
-    # Half precision rounds otherwise where a shape or a type differs: AdaLoRA's ranks that were cut,
+    # Half precision rounds otherwise where a shape or type differs: AdaLoRA's ranks once cut,
     # adapters that DeepSpeed holds in 16 bits. A lost tensor makes more of a difference.
     allowed = (1e-5 if settings.train.precision == "32" else 0.05) * max(
         expected.abs().max().item(), 1.0

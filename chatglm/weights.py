@@ -296,7 +296,7 @@ def save_folder(
 
     state: the model's state dict.
     """
-    aside = f"{folder}.part"
+    aside = f"{os.path.normpath(folder)}.part"
     shutil.rmtree(aside, ignore_errors=True)
     state = {
         name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
@@ -325,7 +325,7 @@ def _no_bar() -> Iterator[None]:
 
 def replace_folder(new: str, folder: str) -> None:
     """Put a finished folder in the place of an older one, which stands until then."""
-    old = f"{folder}.old"
+    old = f"{os.path.normpath(folder)}.old"
     if os.path.exists(folder):
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
@@ -335,7 +335,7 @@ def replace_folder(new: str, folder: str) -> None:
 
 def recover_folder(folder: str) -> None:
     """Mend what a kill inside `replace_folder` left: the older folder stands again, or is gone."""
-    old = f"{folder}.old"
+    old = f"{os.path.normpath(folder)}.old"
     if os.path.isdir(old) and not os.path.exists(folder):
         print(f"{folder}: its replacement was cut off; the one saved before it is back")
         os.replace(old, folder)

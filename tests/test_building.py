@@ -273,8 +273,8 @@ def edit_json(folder, name, **changes):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("./moved/away", "./moved/away: no such folder"),
-        ("THUDM/chatglm-6b", "THUDM/chatglm-6b: neither a folder here nor reachable"),
+        ("./moved/away", r"stands on \./moved/away .*: \./moved/away: no such folder"),
+        ("THUDM/chatglm-6b", r"stands on .*THUDM/chatglm-6b: neither a folder here nor reachable"),
     ],
 )
 def test_weights_under_a_folder_that_are_gone_are_named(tuned, base, message):
@@ -361,19 +361,32 @@ def test_random_weights_answer_in_gibberish_when_none_are_named(tmp_path, capsys
 def test_a_merged_folder_is_plain_weights_that_answer_as_the_adapter_did(
     tuned, tmp_path, capsys, held
 ):
-    folder, merged = tuned("last", "lora", model=QUANTIZED.get(held)), str(tmp_path / "merged")
+    folder, merged = tuned("last", "lora", model=QUANTIZED.get(held)), f"{tmp_path}/merged/"
     merge = ["--enable_merge_weight", "--merge_dir", merged]
     infer_lora_finetuning.main(["--checkpoint", folder, *merge, "--query", QUESTION, *GREEDY])
     output = capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "merged"}
     assert ("the weights are quantised" in output) == (held != "whole")
     assert f"saved {merged}: python infer.py --model_name_or_path {merged}" in output
     infer.main(["--model_name_or_path", merged, "--query", QUESTION, *GREEDY])
-    assert answers(capsys.readouterr().out) == answers(output)
+    infer_lora_finetuning.main(["--checkpoint", folder, *merge, "--query", QUESTION, *GREEDY])
+    first, second = answers(capsys.readouterr().out)
+    assert [first] == answers(output) and second == first
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert not config.get("quantization_bit") and "quantization_config" not in config
     adapted, plain = (load_for_inference(f, device="cpu")[0] for f in (folder, merged))
     assert type(plain.transformer.layers[1].mlp.dense_4h_to_h) is torch.nn.Linear
     assert (logits(plain) - logits(adapted)).abs().max() < 1e-5
+
+
+def test_merging_replaces_no_folder_that_is_there(tuned, tmp_path):
+    folder = tuned("last", "rslora")
+    (tmp_path / "thesis").mkdir()
+    for there in (tmp_path / "thesis", tmp_path, folder):
+        argv = ["--checkpoint", folder, "--enable_merge_weight", "--merge_dir", str(there)]
+        with pytest.raises(ToolkitError, match=f"merge_dir {there} is there already"):
+            infer_lora_finetuning.main(argv)
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "thesis"}
 
 
 def test_a_script_given_the_other_ones_folder_names_the_other(tuned):
