@@ -17,9 +17,8 @@ from chatglm.callbacks import LossCurve, Rehearsal, SaveResume, SaveTrained, fin
 from chatglm.checkpoints import check_saved, save_trained
 from chatglm.cluster import cluster_from_environment
 from chatglm.command_line import run_script
-from chatglm.errors import ToolkitError
 from chatglm.estimates import checkpoint_bytes, estimate_memory
-from chatglm.guards import check_disk, out_of_memory_advice
+from chatglm.guards import check_disk, explaining_memory
 from chatglm.optim import schedule_options, warmup_steps
 from chatglm.records import RecordFile
 from chatglm.settings import Settings
@@ -48,33 +47,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = {s: RecordFile(path) for s, path in zip(splits, paths, strict=True) if path}
     data = TrainingData(records, pad_token_id=helper.config.pad_token_id)
     steps = data.total_steps(settings, world_size=cluster.world_size)
-    model = build_model(settings, helper.config, total_steps=steps)
     os.makedirs(settings.train.save_dir, exist_ok=True)
-    report_before(settings, model, helper.config, data, steps=steps)
     state = find_resume(settings, data.digest())
-    batch = data.longest_batch(settings)
-    save = functools.partial(save_and_check, model, settings, helper.tokenizer, batch)
-    callbacks = [
-        Rehearsal(batch),
-        LossCurve(os.path.join(settings.train.save_dir, "loss_curve.png")),
-        SaveTrained(settings.train.save_dir, save, has_dev_set="dev" in records),
-        SaveResume(settings, data.digest(), state),
-    ]
-    trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in records)
-    metrics = fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
+    with explaining_memory(settings):
+        model = build_model(settings, helper.config, total_steps=steps)
+        report_before(settings, model, helper.config, data, steps=steps)
+        batch = data.longest_batch(settings)
+        save = functools.partial(save_and_check, model, settings, helper.tokenizer, batch)
+        callbacks = [
+            Rehearsal(batch),
+            LossCurve(os.path.join(settings.train.save_dir, "loss_curve.png")),
+            SaveTrained(settings.train.save_dir, save, has_dev_set="dev" in records),
+            SaveResume(settings, data.digest(), state),
+        ]
+        trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in records)
+        metrics = fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
     report_after(settings, model, {"steps": trainer.global_step, **metrics})
 
 
 def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, float]:
-    """Train; the last metrics. A full memory ends with what to change."""
-    try:
-        trainer.fit(module, ckpt_path=state, weights_only=False)
-        metrics = dict(trainer.callback_metrics)
-        if settings.train.eval_file and module.dev_step != trainer.global_step:
-            trainer.validate(module, verbose=False)  # max_steps ended between two dev runs
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise ToolkitError(f"{reason} {out_of_memory_advice(settings)}") from None
+    """Train; the last metrics."""
+    trainer.fit(module, ckpt_path=state, weights_only=False)
+    metrics = dict(trainer.callback_metrics)
+    if settings.train.eval_file and module.dev_step != trainer.global_step:
+        trainer.validate(module, verbose=False)  # max_steps ended between two dev runs
     return {name: float(value) for name, value in (metrics | trainer.callback_metrics).items()}
 
 

@@ -39,7 +39,7 @@ LORA = {"lora_info_args.with_lora": True}
 METHODS: dict[str, dict] = {
     "full": {"learning_rate": 1e-3},
     "freeze 2 of 4": {"global_num_layers_freeze": 2, "learning_rate": 1e-3},
-    "p-tuning": {"pre_seq_len": 16, "learning_rate": 5e-2},
+    "p-tuning": {"pre_seq_len": 16, "learning_rate": 2e-1},
     "p-tuning, projection": {"pre_seq_len": 16, "prefix_projection": True, "learning_rate": 5e-3},
     "LoRA": {**LORA, "learning_rate": 5e-3},
     "rsLoRA": {**LORA, "lora_info_args.use_rslora": True, "learning_rate": 5e-3},

@@ -75,9 +75,6 @@ def _load_to_train(settings: Settings, config: ChatGLMConfig) -> ChatGLMForCondi
         return model
     folder = find_folder(train.model_name_or_path)
     _refuse_untrainable(settings, config, folder)
-    if settings.method == "ptuning":
-        config.pre_seq_len = settings.model.pre_seq_len
-        config.prefix_projection = bool(settings.model.prefix_projection)
     gpu = torch.cuda.is_available() and not train.enable_deepspeed  # which places it itself
     whole = settings.method == "full" and not train.enable_deepspeed
     model = load_model(

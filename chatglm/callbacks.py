@@ -126,6 +126,8 @@ def writing(folder: str) -> Iterator[None]:
     """Around a save: a full disk or a failed write is one line, and the older folder stands."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(f"{folder}.part", ignore_errors=True)
         reason = " ".join(str(error).split())[:200]

@@ -1,8 +1,9 @@
 """What stops a training before it wastes a night: each guard says what, where, and what to do."""
 
+import contextlib
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -136,6 +137,20 @@ def check_disk(folder: str, needed: int) -> None:
             f" {needed / GIB:.1f} GiB (best, last and resume, each written aside before it replaces"
             " the older): free some, or give save_dir on another disk"
         )
+
+
+@contextlib.contextmanager
+def explaining_memory(settings: Settings) -> Iterator[None]:
+    """Around loading and training: a full memory ends with what to change.
+
+    Raises:
+        ToolkitError: instead of torch's OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ToolkitError(f"{reason} {out_of_memory_advice(settings)}") from None
 
 
 def out_of_memory_advice(settings: Settings) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints as DeepSpeed, Lightning and the Hugging Face Trainer write them, read as plain tensors.
+"""Checkpoints as DeepSpeed, Lightning and the Hugging Face Trainer write them, read as tensors.
 
 They are pickles that name classes of their writers' code. Every name that torch does not know is
 stood in for by an empty object: no code of a file runs, and what it names need not be installed.
@@ -64,8 +64,9 @@ def read_old(path: str, *, trust_pickle: bool = False) -> OldCheckpoint:
     def load(file: str) -> dict[str, Any]:
         return _load(file, trust_pickle=trust_pickle)
 
+    rest: dict[str, Any] = {}
     if where.endswith(".safetensors"):
-        kind, state, rest = "weights", _load_safetensors(where), {}
+        kind, state = "weights", _load_safetensors(where)
     elif os.path.isfile(where):
         kind, state, rest = _read_file(where, load)
     elif os.path.exists(os.path.join(where, MODEL_FILE)):

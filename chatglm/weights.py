@@ -218,6 +218,8 @@ def load_model(
         model = ChatGLMForConditionalGeneration.from_pretrained(
             folder, config=config, dtype="auto" if as_stored else dtype, **options
         )
+    except torch.OutOfMemoryError:
+        raise
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         files = ", ".join(os.path.basename(path) for path in weight_files(folder))

@@ -25,7 +25,12 @@ def apply_method(
     if settings.method == "freeze":
         freeze_layers(model, settings.model.global_num_layers_freeze)
     elif settings.method == "ptuning":
-        train_prefix(model)
+        assert settings.model.pre_seq_len is not None
+        train_prefix(
+            model,
+            pre_seq_len=settings.model.pre_seq_len,
+            prefix_projection=bool(settings.model.prefix_projection),
+        )
     elif settings.method == "lora":
         tuned = add_lora(model, settings.lora)
     elif settings.method == "adalora":

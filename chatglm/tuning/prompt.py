@@ -12,9 +12,25 @@ from ..prefix import PrefixEncoder
 PREFIX = "transformer.prefix_encoder."
 
 
-def train_prefix(model: ChatGLMForConditionalGeneration) -> None:
-    """Freeze all but the prefix encoder."""
-    assert model.transformer.prefix_encoder is not None
+def train_prefix(
+    model: ChatGLMForConditionalGeneration, *, pre_seq_len: int, prefix_projection: bool
+) -> None:
+    """Freeze all but the prefix encoder, which is a new one unless the weights came with one.
+
+    A new one has torch's start values, an embedding from N(0, 1), as in the released code.
+
+    Raises:
+        ToolkitError: if the weights' own encoder is of another size.
+    """
+    config, wanted = model.config, (pre_seq_len, prefix_projection)
+    if model.transformer.prefix_encoder is None:
+        config.pre_seq_len, config.prefix_projection = wanted
+        model.transformer.prefix_encoder = PrefixEncoder(config).to(model.device)
+    elif (config.pre_seq_len, config.prefix_projection) != wanted:
+        raise ToolkitError(
+            f"pre_seq_len {pre_seq_len} and prefix_projection {prefix_projection}: the weights have"
+            f" a prefix encoder of {config.pre_seq_len} and {config.prefix_projection} already"
+        )
     model.requires_grad_(False)
     model.transformer.prefix_encoder.requires_grad_(True)
 
