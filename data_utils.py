@@ -18,12 +18,12 @@ from chatglm.command_line import parse_settings, run_script
 from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
 from chatglm.prompts import TEMPLATE_VERSION
+from chatglm.run_settings import Settings
 from chatglm.settings import (
     AdaLoraSettings,
     DataSettings,
     LoraSettings,
     ModelSettings,
-    Settings,
     TrainSettings,
 )
 from chatglm.tokenizer import ChatGLMTokenizer

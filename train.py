@@ -21,7 +21,7 @@ from chatglm.estimates import checkpoint_bytes, estimate_memory
 from chatglm.guards import check_disk, explaining_memory
 from chatglm.optim import schedule_options, warmup_steps
 from chatglm.records import RecordFile
-from chatglm.settings import Settings
+from chatglm.run_settings import Settings
 from chatglm.trainer import build_trainer
 from chatglm.training import ChatGLMTraining, TrainingData
 from chatglm.tuning.adapters import adapter_ranks
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cluster = cluster_from_environment(
         settings.train.devices, available=available, environ=os.environ
     )
-    if cluster.node_rank or cluster.local_rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first process speaks for all
+    if not cluster.is_first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     helper = DataHelper(settings)
     settings = resolve_settings(settings, helper.config)
     splits = ("train", "mix", "dev")
@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = {s: RecordFile(path) for s, path in zip(splits, paths, strict=True) if path}
     data = TrainingData(records, pad_token_id=helper.config.pad_token_id)
     steps = data.total_steps(settings, world_size=cluster.world_size)
-    os.makedirs(settings.train.save_dir, exist_ok=True)
     state = find_resume(settings, data.digest())
     with explaining_memory(settings):
         model = build_model(settings, helper.config, total_steps=steps)
-        report_before(settings, model, helper.config, data, steps=steps)
+        if cluster.is_first:
+            report_before(settings, model, helper.config, data, steps=steps)
         batch = data.longest_batch(settings)
         save = functools.partial(save_and_check, model, settings, helper.tokenizer, batch)
         callbacks = [
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in records)
         metrics = fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
-    report_after(settings, model, {"steps": trainer.global_step, **metrics})
+    if cluster.is_first:
+        report_after(settings, model, {"steps": trainer.global_step, **metrics})
 
 
 def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, float]:
@@ -87,6 +88,7 @@ def report_before(settings: Settings, model, config, data: TrainingData, *, step
     train = settings.train
     table = parameter_table(model)
     print(table)
+    os.makedirs(train.save_dir, exist_ok=True)
     with open(os.path.join(train.save_dir, "parameters.txt"), "w", encoding="utf-8") as file:
         file.write(f"{table}\n")
     check_disk(train.save_dir, checkpoint_bytes(model, settings))
@@ -116,7 +118,7 @@ def report_after(settings: Settings, model, metrics: dict[str, float]) -> None:
     print(", ".join(f"{name} {value}" for name, value in summary.items()))
     for name, rank in ranks.items():
         print(f"rank {rank:3}  {name}")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     summary |= {"trained_parameters": trained, **({"ranks": ranks} if ranks else {})}
     with open(os.path.join(train.save_dir, "summary.json"), "w", encoding="utf-8") as file:
         json.dump(summary, file, indent=2)

@@ -2,17 +2,22 @@
 
 Modules stand on floors, and imports go down only (tests/test_floors.py holds it):
 
-    0   words and rules, no torch    errors  settings  prompts  tokenizer  strategies
+    0   words and rules, no torch    errors  settings  run_settings  command_line  files
+                                     prompts  tokenizer  strategies  scores
     1   numbers                      configuration  rotary  positions  prefix  cache
                                      quantization  loss
-    2   text out of any model        sampling  decoding  chat
-    3   the model                    model
-    4   data, never a model          records  corpus  batches
-    5   files of weights             weights
-    6   training                     optim  training  callbacks
-    6'  a terminal                   terminal
+    2   data, never a model          corpus  records  batches
+    2'  text out of any model        sampling  decoding  chat  terminal
+    3   the model and its weights    model  weights
+    4   changes to a model           tuning
+    5   from and to a run's folders  sharding  checkpoints  building
+    6   training                     estimates  guards  optim  cluster  watchdog  training
+                                     callbacks  trainer
+    6'  scores of a model            evaluation
+    6'' others' checkpoints          old_files  old_parts  old_base  conversion
 
-The text-out floor stands under the model: it calls what it is handed and imports no model, so
-that `ChatGLMForConditionalGeneration` can offer `chat` the way it offers transformers' `generate`.
+Floors of one number stand beside each other: none imports another. The text-out floor
+stands under the model: it calls what it is handed and imports no model, so that
+`ChatGLMForConditionalGeneration` can offer `chat` the way it offers transformers' `generate`.
 Nothing is imported here: `import chatglm` costs nothing.
 """

@@ -12,7 +12,8 @@ from .checkpoints import kind_of, load_prefix, read_settings_json
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .model import ChatGLMForConditionalGeneration
-from .settings import EMBEDDED_CONFIG, LARGE_MODEL, ModelSettings, Settings
+from .run_settings import Settings
+from .settings import EMBEDDED_CONFIG, LARGE_MODEL, ModelSettings
 from .tokenizer import ChatGLMTokenizer, train_tokenizer
 from .tuning.adapters import describe_adapters, load_adapters, read_adapter_config
 from .tuning.apply import apply_method

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import ToolkitError
 from .guards import check_gradients
-from .settings import Settings
+from .run_settings import Settings
 from .sharding import is_split, whole_state
 from .weights import recover_folder, replace_folder
 
@@ -157,13 +157,15 @@ class SaveResume(lightning.Callback):
         Raises:
             ToolkitError: on the machine that differs from the first one.
         """
+        if stage != "fit":
+            return
         step = read_run(self.folder).get("step", 0) if self.state else 0
         first, first_step = trainer.strategy.broadcast((self.run, step))
         differing = differences(self.settings, self.run["data"], first)
         if differing:
             raise ToolkitError(
-                f"the first machine has another {', '.join(differing)}: start the same command on"
-                " all machines, with the same files"
+                f"the first machine has other {', '.join(differing)}: start the same command on all"
+                " machines, with the same files"
             )
         if step != first_step:
             raise ToolkitError(
@@ -221,9 +223,8 @@ class SaveResume(lightning.Callback):
             replace_folder(aside, self.folder)
 
     def on_train_end(self, trainer, module) -> None:
-        """The trained weights are saved; nothing is left to go on with."""
-        if trainer.is_global_zero:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """The trained weights are saved; nothing is left to go on with, on any machine."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
@@ -256,7 +257,7 @@ def find_resume(settings: Settings, data_digest: str) -> str | None:
     differing = differences(settings, data_digest, read_run(folder))
     if differing:
         raise ToolkitError(
-            f"{folder} holds an unfinished run with another {', '.join(differing)}: give that back"
+            f"{folder} holds an unfinished run with other {', '.join(differing)}: give that back"
             " to go on, or another save_dir, or --resume false to drop it and start anew"
         )
     print(f"{folder}: going on with the unfinished run")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import ToolkitError
 from .model import ChatGLMForConditionalGeneration
-from .settings import Settings
+from .run_settings import Settings
 from .sharding import is_split
 from .tokenizer import ChatGLMTokenizer
 from .tuning.adapters import CONFIG_FILE, adapter_state, load_adapters, save_adapter

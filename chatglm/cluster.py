@@ -37,6 +37,11 @@ class Cluster:
         """Processes of the run."""
         return self.num_nodes * self.devices
 
+    @property
+    def is_first(self) -> bool:
+        """True for the process that speaks and saves for all."""
+        return self.node_rank == self.local_rank == 0
+
 
 def cluster_from_environment(
     devices: int | None, *, available: int, environ: Mapping[str, str]

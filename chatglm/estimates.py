@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .configuration import ChatGLMConfig
-from .settings import Settings
+from .run_settings import Settings
 
 STATE_BYTES = {"adamw": 8, "adam": 8, "lamb": 8, "lion": 4, "adafactor": 0}
 """Of the optimizer, for each trained value; 8-bit ones keep a quarter, paged ones move away."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import ToolkitError
 from .loss import IGNORE
-from .settings import Settings
+from .run_settings import Settings
 
 GIB = 2**30
 

@@ -392,6 +392,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
         )
         hidden = outputs.last_hidden_state
         if loss_only:
+            assert labels is not None
             # ZeRO-3 gathers the head at each call, and every rank must call it equally often.
             chunk = hidden.shape[:2].numel() if hasattr(self.lm_head.weight, "ds_id") else CHUNK
             loss = chunked_loss(hidden, labels, self.lm_head, num_items_in_batch, chunk=chunk)

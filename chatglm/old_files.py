@@ -173,7 +173,7 @@ def _load_safetensors(path: str) -> dict[str, Tensor]:
         raise ToolkitError(f"{path}: can't be read ({_brief(error)}); it is damaged") from None
 
 
-class _StandIn:
+class Unknown:
     """In the place of an object of an unknown class: it keeps the state and does nothing."""
 
     def __new__(cls, *args):
@@ -188,7 +188,7 @@ class _StandIn:
         self.state = state
 
 
-class _StandInDict:
+class UnknownDict:
     """In the place of an unknown kind of dict."""
 
     def __new__(cls, *args):
@@ -221,7 +221,7 @@ def _load_safely(path: str) -> Any:
     if not zipfile.is_zipfile(path):  # the format of torch before 1.6
         return torch.load(path, map_location="cpu", weights_only=True)
     stand_ins: list[Any] = [
-        (_StandInDict if name.lower().endswith("dict") else _StandIn, name)
+        (UnknownDict if name.lower().endswith("dict") else Unknown, name)
         for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
     ]
     with torch.serialization.safe_globals(stand_ins):
@@ -243,8 +243,9 @@ def _is_pickle(path: str) -> bool:
 
 
 def _brief(error: Exception) -> str:
-    kept = str(error) if not isinstance(error, pickle.UnpicklingError) else str(error)[-200:]
-    return f"{type(error).__name__}: {' '.join(kept.split())[:200]}"
+    """What is wrong, out of torch's page of advice."""
+    text = str(error).partition("\n\nCheck the documentation")[0].partition(" Please use")[0]
+    return " ".join(re.split(r"\n\n|error: ", text)[-1].split())[:200]
 
 
 # ZeRO-3.

@@ -1,11 +1,9 @@
-"""Every setting, typed, with a line of help; and which of them exclude each other.
+"""Every setting, typed, with a line of help, and checked by itself; run_settings.py has the rest.
 
 `train_info_args`, `data_conf`, `lora_info_args` and `adalora_info_args` in data_utils.py and the
 switches in models.py are the edited values of these classes; command_line.py reads them.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +11,9 @@ from .errors import ToolkitError, nearest
 
 EMBEDDED_CONFIG = "./config/config_tiny.json"
 """Shape of the model that is trained from scratch when no weights are named."""
+LARGE_MODEL = 1_000_000_000
+"""Parameters from which gradient checkpointing is on unless it is set."""
+BLOCK_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 Optimizer = Literal[
     "adamw", "adamw_torch", "adamw_hf", "adam", "adafactor", "lamb", "lion",
@@ -22,26 +23,6 @@ Optimizer = Literal[
 Schedule = Literal[
     "linear", "WarmupCosine", "cosine", "constant", "CAWR", "CAL", "Step", "ReduceLROnPlateau",
 ]  # fmt: skip
-Method = Literal["full", "freeze", "ptuning", "lora", "adalora"]
-
-DEFAULT_LEARNING_RATES: dict[Method, float] = {
-    "full": 2e-5,
-    "freeze": 2e-5,
-    "ptuning": 2e-2,
-    "lora": 2e-4,
-    "adalora": 1e-3,
-}
-"""Peak rates for tuning given weights; those of the LoRA paper's kind and THUDM's p-tuning."""
-FROM_SCRATCH_LEARNING_RATE = 3e-3
-WITHOUT_EFFECT_ON_THE_RESULT = (
-    "output_dir",
-    "save_dir",
-    "resume",
-    "save_every_steps",
-    "rank_timeout_seconds",
-)
-LARGE_MODEL = 1_000_000_000
-"""Parameters from which gradient checkpointing is on unless it is set."""
 
 
 @dataclass(frozen=True)
@@ -274,161 +255,6 @@ class AdaLoraSettings:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All groups of one run, checked against each other before anything is loaded.
-
-    Raises:
-        ToolkitError: for a pair that cannot work, with the reason.
-    """
-
-    train: TrainSettings
-    data: DataSettings
-    model: ModelSettings
-    lora: LoraSettings
-    adalora: AdaLoraSettings
-
-    def __post_init__(self):
-        chosen = self._chosen()
-        if len(chosen) > 1:
-            raise ToolkitError(
-                f"{' and '.join(chosen.values())} exclude each other: each says which weights are"
-                " trained; switch all but one off"
-            )
-        self._check_quantization()
-        if self.train.from_scratch and self.method != "full":
-            raise ToolkitError(
-                f"{chosen[self.method]} tunes given weights, but model_name_or_path is empty:"
-                " train the tiny model first (python train.py), then give"
-                " --model_name_or_path ./best_ckpt/last and another --save_dir"
-            )
-
-    def _chosen(self) -> dict[Method, str]:
-        """The methods that are switched on, each with the switch's name."""
-        switches: dict[Method, tuple[bool, str]] = {
-            "freeze": (self.model.global_num_layers_freeze > 0, "global_num_layers_freeze"),
-            "ptuning": (self.model.pre_seq_len is not None, "p-tuning (pre_seq_len)"),
-            "lora": (self.lora.with_lora, "LoRA (lora_info_args.with_lora)"),
-            "adalora": (self.adalora.with_lora, "AdaLoRA (adalora_info_args.with_lora)"),
-        }
-        return {method: name for method, (on, name) in switches.items() if on}
-
-    @property
-    def method(self) -> Method:
-        """Which weights are trained."""
-        return next(iter(self._chosen()), "full")
-
-    @property
-    def quantization(self) -> str:
-        """The setting that quantises the frozen weights, or ""."""
-        names = ("quantization_bit", "load_in_8bit", "load_in_4bit")
-        return next((name for name in names if getattr(self.model, name)), "")
-
-    def _check_quantization(self) -> None:
-        names = ("quantization_bit", "load_in_8bit", "load_in_4bit")
-        on = [name for name in names if getattr(self.model, name)]
-        if len(on) > 1:
-            raise ToolkitError(f"{' and '.join(on)} exclude each other: each says how the frozen"
-                               " weights are held")  # fmt: skip
-        if on and self.method in ("full", "freeze"):
-            raise ToolkitError(
-                f"{on[0]}: quantised weights can't be trained themselves; train LoRA, AdaLoRA or"
-                " p-tuning on them, or leave them unquantised"
-            )
-        if self.lora.use_dora and self.model.quantization_bit:
-            raise ToolkitError(
-                "lora_info_args.use_dora needs the unquantised weights or bitsandbytes':"
-                " leave quantization_bit out, or set load_in_8bit or load_in_4bit"
-            )
-        if self.train.enable_deepspeed and on and on[0] != "quantization_bit":
-            raise ToolkitError(f"{on[0]} can't be split by DeepSpeed: use quantization_bit instead")
-        if self.train.enable_deepspeed and self.method == "adalora":
-            raise ToolkitError("AdaLoRA allots ranks by whole gradients, which DeepSpeed splits up:"
-                               " leave enable_deepspeed off")  # fmt: skip
-
-    def completed(self, config: dict[str, Any]) -> "Settings":
-        """The same with every null filled in, from the config_name file and the defaults.
-
-        config: content of the config_name file; only its tuning keys are looked at.
-        """
-        model = dataclasses.replace(
-            self.model,
-            pre_seq_len=_first_set(self.model.pre_seq_len, config.get("pre_seq_len")),
-            prefix_projection=_first_set(
-                self.model.prefix_projection, config.get("prefix_projection"), False
-            ),
-            quantization_bit=_first_set(
-                self.model.quantization_bit, config.get("quantization_bit"), 0
-            ),
-        )
-        if model.prefix_projection and model.pre_seq_len is None:
-            raise ToolkitError("prefix_projection has an effect only with pre_seq_len: set both")
-        method = dataclasses.replace(self, model=model).method
-        rate = FROM_SCRATCH_LEARNING_RATE if self.train.from_scratch else None
-        train = dataclasses.replace(
-            self.train,
-            max_epochs=_first_set(self.train.max_epochs, 24 if self.train.from_scratch else 3),
-            learning_rate=_first_set(
-                self.train.learning_rate, rate, DEFAULT_LEARNING_RATES[method]
-            ),
-        )
-        return dataclasses.replace(self, model=model, train=train)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All settings as one object, each under its one name."""
-        merged: dict[str, Any] = {}
-        for group in (self.train, self.data, self.model):
-            merged |= dataclasses.asdict(group)
-        for section in (self.lora, self.adalora):
-            merged[section.section] = dataclasses.asdict(section)
-        return merged
-
-    def as_json(self) -> str:
-        """What settings.json holds; it can be read again as `--config`."""
-        return json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n"
-
-    def differing(self, other: dict[str, Any]) -> list[str]:
-        """Names of the settings whose value in `other` would make another run of this one."""
-        own, others = _flat(json.loads(self.as_json())), _flat(other)
-        names = (own.keys() | others.keys()) - set(WITHOUT_EFFECT_ON_THE_RESULT)
-        return sorted(name for name in names if own.get(name) != others.get(name))
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """`section.name` for what stands in a section."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inside = isinstance(value, dict)
-        flat |= {f"{name}.{key}": value[key] for key in value} if inside else {name: value}
-    return flat
-
-
-def _first_set(*values: Any) -> Any:
-    """The first value that is not null."""
-    return next((value for value in values if value is not None), None)
-
-
-BLOCK_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-
-
-def _check_adapter(settings: LoraSettings | AdaLoraSettings) -> None:
-    where = settings.section
-    if not settings.target_modules:
-        raise ToolkitError(
-            f"{where}.target_modules is empty: allowed are {', '.join(BLOCK_LINEARS)}"
-        )
-    for name in settings.target_modules:
-        if name not in BLOCK_LINEARS:
-            raise ToolkitError(
-                f"{where}.target_modules: unknown {name!r}.{nearest(name, BLOCK_LINEARS)} Allowed"
-                f" are {', '.join(BLOCK_LINEARS)}"
-            )
-    if not 0 <= settings.lora_dropout < 1:
-        raise ToolkitError(f"{where}.lora_dropout {settings.lora_dropout}: 0 up to below 1")
-    if settings.lora_alpha <= 0:
-        raise ToolkitError(f"{where}.lora_alpha {settings.lora_alpha}: allowed is above 0")
-
-
-@dataclass(frozen=True)
 class ChatSettings:
     """How the chat scripts answer."""
 
@@ -457,8 +283,30 @@ class ChatSettings:
 
 
 def at_least(settings: Any, bound: float, *names: str, name_in: str = "") -> None:
+    """Refuse the first of these settings that is set to less than the bound, or to NaN.
+
+    name_in: the section that stands before their names in what the user reads.
+    """
     for name in names:
         value = getattr(settings, name)
         if value is not None and not value >= bound:  # NaN is not
             full = f"{name_in}.{name}".removeprefix(".")
             raise ToolkitError(f"{full} {value}: allowed is {bound} and above")
+
+
+def _check_adapter(settings: LoraSettings | AdaLoraSettings) -> None:
+    where = settings.section
+    if not settings.target_modules:
+        raise ToolkitError(
+            f"{where}.target_modules is empty: allowed are {', '.join(BLOCK_LINEARS)}"
+        )
+    for name in settings.target_modules:
+        if name not in BLOCK_LINEARS:
+            raise ToolkitError(
+                f"{where}.target_modules: unknown {name!r}.{nearest(name, BLOCK_LINEARS)} Allowed"
+                f" are {', '.join(BLOCK_LINEARS)}"
+            )
+    if not 0 <= settings.lora_dropout < 1:
+        raise ToolkitError(f"{where}.lora_dropout {settings.lora_dropout}: 0 up to below 1")
+    if settings.lora_alpha <= 0:
+        raise ToolkitError(f"{where}.lora_alpha {settings.lora_alpha}: allowed is above 0")

@@ -5,6 +5,7 @@ knows, so a user who types `<eop>` would end the model's reading; the released t
 as five characters, and so does this one. Control tokens enter only as ids.
 """
 
+import io
 import os
 import re
 import shutil
@@ -227,13 +228,13 @@ def train_tokenizer(texts: list[str], folder: str, *, vocab_size: int) -> ChatGL
         ToolkitError: if the texts are too few or hold more characters than vocab_size has room for.
     """
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, VOCAB_FILE)
+    path, model = os.path.join(folder, VOCAB_FILE), io.BytesIO()
     whitespace = [NEWLINE, TAB, *(blank_token(k) for k in range(2, LONGEST_BLANK + 1))]
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     try:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(lines),
-            model_prefix=f"{path}.part",
+            model_writer=model,  # model_prefix would write the folder's name into the file
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=0.9995,
@@ -250,6 +251,7 @@ def train_tokenizer(texts: list[str], folder: str, *, vocab_size: int) -> ChatGL
             f"no tokenizer of {vocab_size} pieces can be trained on {len(lines)} lines ({error});"
             " change vocab_size in the config, or name weights with their own tokenizer"
         ) from None
-    os.remove(f"{path}.part.vocab")
-    os.replace(f"{path}.part.model", path)
+    with open(f"{path}.part", "wb") as file:
+        file.write(model.getvalue())
+    os.replace(f"{path}.part", path)
     return ChatGLMTokenizer(path)

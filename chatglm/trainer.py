@@ -10,15 +10,17 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
-from .callbacks import DirectCheckpointIO
+from .callbacks import DirectCheckpointIO, resume_folder
 from .cluster import Cluster, set_network_interface
-from .settings import Settings
+from .run_settings import Settings
 from .sharding import AnyDeviceDeepSpeed, read_deepspeed_config
 from .watchdog import Watchdog
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device tables
 warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the plan is
 warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`")
+warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated")  # of DeepSpeed
+warnings.filterwarnings("ignore", message=".*each worker will save a shard")  # of resume/ alone
 
 
 class _Watched:
@@ -108,7 +110,7 @@ def build_strategy(settings: Settings, cluster: Cluster) -> str | DDPStrategy:
     train = settings.train
     watch = {
         "timeout_seconds": train.rank_timeout_seconds,
-        "advice": f"The last checkpoint is in {train.save_dir}: start again to go on with it",
+        "advice": f"The same command goes on with what {resume_folder(settings)} holds",
     }
     if train.enable_deepspeed:
         config = read_deepspeed_config(train.deepspeed_config)

@@ -17,7 +17,7 @@ from .errors import ToolkitError
 from .guards import check_gradients, check_labels, check_loss, check_scale
 from .optim import build_optimizer
 from .records import RecordFile, read_manifest
-from .settings import Settings
+from .run_settings import Settings
 from .sharding import whole_gradient
 from .tuning.adapters import plain_model
 
@@ -93,7 +93,8 @@ class ChatGLMTraining(lightning.LightningModule):
 
     def __init__(self, model: nn.Module, settings: Settings, data: TrainingData):
         super().__init__()
-        self.model, self.run_settings, self.data = model, settings, data
+        self.model: Any = model  # what PEFT adds to a module is not declared
+        self.run_settings, self.data = settings, data
         self.tokens_seen, self.clock = 0, time.monotonic()
         self.plan: BatchPlan | None = None
         self.resumed_at: tuple[int, int] | None = None
@@ -104,11 +105,15 @@ class ChatGLMTraining(lightning.LightningModule):
         self.plan = self.data.plan(
             self.run_settings, rank=self.trainer.global_rank, world_size=self.trainer.world_size
         )
-        if self.resumed_at is not None:
+        self._go_on_in_plan()
+        return self.data.train_loader(self.plan)
+
+    def _go_on_in_plan(self) -> None:
+        """DDP loads a checkpoint before the plan is made, DeepSpeed after it."""
+        if self.plan is not None and self.resumed_at is not None:
             epoch, done = self.resumed_at
             over = done >= len(self.plan)
             self.plan.epoch, self.plan.start_batch = epoch + over, 0 if over else done
-        return self.data.train_loader(self.plan)
 
     def val_dataloader(self):
         """This process's share of the dev set."""
@@ -165,7 +170,8 @@ class ChatGLMTraining(lightning.LightningModule):
                 precision=self.run_settings.train.precision,
             )
         self.tokens_seen += int(batch["num_tokens"])
-        speed = self.tokens_seen / max(time.monotonic() - self.clock, 1e-9)
+        seconds = max(time.monotonic() - self.clock, 1e-9)
+        speed = self.tokens_seen * self.trainer.world_size / seconds
         size = max(learned, 1)
         self.log("train_loss", shown, prog_bar=True, batch_size=size)
         self.log("tokens_per_second", speed, prog_bar=True, batch_size=size)
@@ -256,6 +262,7 @@ class ChatGLMTraining(lightning.LightningModule):
                 f" {sorted(differing)[0]}: start anew with --resume false"
             )
         self.resumed_at = checkpoint["batches"]
+        self._go_on_in_plan()
         if self.run_settings.method == "adalora":
             for name, value in checkpoint["ranks"].items():
                 setattr(self.model.base_model.rankallocator, name, value)

@@ -7,6 +7,7 @@ its own to that store: the process group's is locked for as long as the main thr
 and a second store would need a second open port.
 """
 
+import itertools
 import json
 import os
 import select
@@ -14,26 +15,29 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch.distributed as dist
 
 from .cluster import address_towards
+from .errors import ToolkitError
 
 FINISHED, INTERRUPTED = "finished", "interrupted"
 
 
 class Watchdog:
-    """Ends this process with one line, which names the rank, when another rank is lost.
+    """Ends this process when another rank is lost, with one line a machine, which names the rank.
 
     A process that died is noticed at once by the ranks of its machine, and through them by all
     within a beat; a machine or a link that is gone, after timeout_seconds; a rank that never joins,
     after start_timeout_seconds. Silence is counted in beats of this process, not by the clock, so
     that a machine that slept does not accuse the others when it wakes.
     """
+
+    meetings: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(
         self,
@@ -46,7 +50,11 @@ class Watchdog:
         start_timeout_seconds: float = 600.0,
         advice: str = "",
     ):
-        """address, port: where the ranks meet (MASTER_ADDR, MASTER_PORT). advice: ends the line."""
+        """address, port: where the ranks meet (MASTER_ADDR, MASTER_PORT). advice: ends the line.
+
+        The ranks may meet several times; each makes as many watchdogs as the others.
+        """
+        self.meeting = next(self.meetings)
         self.rank, self.address, self.port, self.advice = rank, address, port, advice
         self.timeout_seconds, self.start_timeout_seconds = timeout_seconds, start_timeout_seconds
         self.beat_seconds = min(1.0, timeout_seconds / 5)
@@ -79,6 +87,11 @@ class Watchdog:
             return
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             self._wait(self.timeout_seconds + 5 * self.beat_seconds)
+        if isinstance(error, ToolkitError):
+            self._leave(f"{self._names([self.rank])} failed: {error}", 5 * self.beat_seconds)
+            if not self._speaks():
+                time.sleep(3 * self.beat_seconds)  # till the one that speaks has done so
+                os._exit(2)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         self._leave(self._line([self.rank], f"failed ({reason})"), 5 * self.beat_seconds)
 
@@ -121,7 +134,7 @@ class Watchdog:
             timeout=timedelta(seconds=2 * self.timeout_seconds),  # _watch_store is quicker
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"watchdog/{attempt}", store)
+        return dist.PrefixStore(f"watchdog/{attempt}/{self.meeting}", store)
 
     def _wait_for_host(self) -> None:
         """TCPStore can wait for its host itself, but prints stack traces when none comes."""
@@ -193,12 +206,34 @@ class Watchdog:
         absent = [rank for rank in self.silence if rank not in ends]
         if any(self.silence[rank] >= self.start_timeout_seconds for rank in absent):
             return self._not_joined(absent)
-        # The ranks of a machine that is lost fall silent within a beat or two of each other.
-        limit = self.timeout_seconds - 2 * self.beat_seconds
-        silent = [r for r in ends if ends[r] != FINISHED and self.silence[r] > limit]
+        interrupted = [rank for rank in ends if self._is_interrupted_elsewhere(rank)]
+        if interrupted:
+            return self._line(interrupted, "been interrupted")
+        silent = [r for r in ends if ends[r] != FINISHED and self._is_silent(r)]
         if any(self.silence[rank] >= self.timeout_seconds for rank in silent):
             return self._not_answered(silent)
         return None
+
+    def _is_interrupted_elsewhere(self, rank: int) -> bool:
+        """Ctrl-C reaches the ranks of one machine; those wait for rank 0, which may be saving."""
+        state = self.states[rank]
+        long_ago = self.silence[rank] >= 5 * self.beat_seconds
+        return state["end"] == INTERRUPTED and state["machine"] != _machine() and long_ago
+
+    def _speaks(self) -> bool:
+        """True for one rank of this machine, whose ranks share a terminal: the lowest not lost."""
+        return not any(self._can_speak(rank) for rank in self.states if rank < self.rank)
+
+    def _can_speak(self, rank: int) -> bool:
+        state = self.states[rank]
+        if state["machine"] != _machine() or state["end"] in (FINISHED, INTERRUPTED):
+            return False
+        is_running = rank in self.processes.values() and not self._is_silent(rank)
+        return is_running or bool(state["end"])
+
+    def _is_silent(self, rank: int) -> bool:
+        """The ranks of a machine that is lost fall silent within a beat or two of each other."""
+        return self.silence[rank] > self.timeout_seconds - 2 * self.beat_seconds
 
     def _watch_store(self) -> None:
         """The store's machine can vanish without a word: a call to it then never returns."""
@@ -208,7 +243,7 @@ class Watchdog:
             silence = silence + self.beat_seconds if beat == self.beat else 0.0
             beat = self.beat
             if silence >= self.timeout_seconds:
-                self.store = None
+                self.store, self.silence[0] = None, silence
                 self._conclude(self._not_answered([0]))
 
     def _on_store_error(self, error: RuntimeError) -> None:
@@ -217,13 +252,14 @@ class Watchdog:
                 f"the ranks cannot meet at {self.address}:{self.port}; stopped. Choose another"
                 f" MASTER_PORT ({str(error).splitlines()[0]})"
             )
-        self.store = None
+        self.store, self.silence[0] = None, self.timeout_seconds
         if not self.end and self.states.get(0, {}).get("end") != FINISHED:
             self._conclude(self._line([0], "died"))
 
     def _conclude(self, line: str) -> NoReturn:
         """Print the line, pass it on where the store can be reached, end the process."""
-        print(f"\nerror: {line}", file=sys.stderr, flush=True)  # \n: below a progress bar
+        if self._speaks():
+            print(f"\nerror: {line}", file=sys.stderr, flush=True)  # \n: below a progress bar
         if self.store is not None:
             self.end = line
             with suppress(RuntimeError):
@@ -249,7 +285,9 @@ class Watchdog:
         """'rank 3 (host 10.0.0.2) has', 'ranks 2, 3 (host 10.0.0.2) have'."""
         by_host: dict[str, list[str]] = {}
         for rank in sorted(ranks):
-            host = f" (host {self.states[rank]['host']})" if rank in self.states else ""
+            own = {"host": address_towards(self.address)} if rank == self.rank else {}
+            state = self.states.get(rank, own)
+            host = f" (host {state['host']})" if state else ""
             by_host.setdefault(host, []).append(str(rank))
         count = sum(map(len, by_host.values()))
         names = " and ".join(", ".join(group) + host for host, group in by_host.items())

@@ -339,5 +339,6 @@ def recover_folder(folder: str) -> None:
     """Mend what a kill inside `replace_folder` left: the older folder stands again, or is gone."""
     old = f"{os.path.normpath(folder)}.old"
     if os.path.isdir(old) and not os.path.exists(folder):
-        print(f"{folder}: its replacement was cut off; the one saved before it is back")
-        os.replace(old, folder)
+        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
+            os.replace(old, folder)
+            print(f"{folder}: its replacement was cut off; the one saved before it is back")

@@ -218,7 +218,7 @@ def test_a_save_that_fails_leaves_the_older_folder(weights_folder, tmp_path, mon
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("chatglm.settings.Settings.as_json", fail)
+    monkeypatch.setattr("chatglm.run_settings.Settings.as_json", fail)
     with pytest.raises(OSError, match="disk full"):
         run.save()
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before

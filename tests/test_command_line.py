@@ -12,7 +12,8 @@ import pytest
 import data_utils
 from chatglm.command_line import parse_settings, run_script
 from chatglm.errors import ToolkitError
-from chatglm.settings import ChatSettings, LoraSettings, Settings, TrainSettings
+from chatglm.run_settings import Settings
+from chatglm.settings import ChatSettings, LoraSettings, TrainSettings
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,12 +9,12 @@ import pytest
 from chatglm.errors import ToolkitError
 from chatglm.prompts import build_prompt
 from chatglm.records import RecordFile
+from chatglm.run_settings import Settings
 from chatglm.settings import (
     AdaLoraSettings,
     DataSettings,
     LoraSettings,
     ModelSettings,
-    Settings,
     TrainSettings,
 )
 from chatglm.tokenizer import ChatGLMTokenizer

@@ -11,12 +11,12 @@ from chatglm.configuration import ChatGLMConfig
 from chatglm.estimates import checkpoint_bytes, estimate_memory, state_bytes
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.optim import OPTIMIZERS, build_optimizer
+from chatglm.run_settings import Settings
 from chatglm.settings import (
     AdaLoraSettings,
     DataSettings,
     LoraSettings,
     ModelSettings,
-    Settings,
     TrainSettings,
 )
 from chatglm.tuning.apply import apply_method

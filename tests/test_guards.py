@@ -19,12 +19,12 @@ from chatglm.guards import (
     out_of_memory_advice,
 )
 from chatglm.model import ChatGLMForConditionalGeneration
+from chatglm.run_settings import Settings
 from chatglm.settings import (
     AdaLoraSettings,
     DataSettings,
     LoraSettings,
     ModelSettings,
-    Settings,
     TrainSettings,
 )
 from chatglm.strategies import Sample

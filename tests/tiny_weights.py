@@ -10,12 +10,12 @@ from sentencepiece import sentencepiece_model_pb2
 from chatglm.building import build_model
 from chatglm.configuration import ChatGLMConfig
 from chatglm.model import ChatGLMForConditionalGeneration
+from chatglm.run_settings import Settings
 from chatglm.settings import (
     AdaLoraSettings,
     DataSettings,
     LoraSettings,
     ModelSettings,
-    Settings,
     TrainSettings,
 )
 from chatglm.tokenizer import ChatGLMTokenizer

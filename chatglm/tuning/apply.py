@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import ToolkitError
 from ..model import ChatGLMForConditionalGeneration
-from ..settings import Settings
+from ..run_settings import Settings
 from .adapters import add_adalora, add_lora
 from .freeze import freeze_layers
 from .prompt import train_prefix

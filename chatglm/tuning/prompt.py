@@ -22,7 +22,8 @@ def train_prefix(
     Raises:
         ToolkitError: if the weights' own encoder is of another size.
     """
-    config, wanted = model.config, (pre_seq_len, prefix_projection)
+    config: Any = model.config  # declared as the base class of all configurations
+    wanted = (pre_seq_len, prefix_projection)
     if model.transformer.prefix_encoder is None:
         config.pre_seq_len, config.prefix_projection = wanted
         model.transformer.prefix_encoder = PrefixEncoder(config).to(model.device)
