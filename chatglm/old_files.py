@@ -282,7 +282,8 @@ def _join_shards(folder: str, load: Callable) -> tuple[str, dict[str, Tensor], d
         )
     for name, other in (first.get("shared_params") or {}).items():
         state[name] = state[other]
-    return f"DeepSpeed ZeRO-3 of {ranks} ranks", state, {**first, "module": None}
+    plural = "" if ranks == 1 else "s"
+    return f"DeepSpeed ZeRO-3 of {ranks} rank{plural}", state, {**first, "module": None}
 
 
 def _by_rank(folder: str, pattern: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -62,6 +63,10 @@ class WatchedDeepSpeed(_Watched, AnyDeviceDeepSpeed):
 
 class WatchRanks(lightning.Callback):
     """Hands an error to the watchdog, which knows whether a lost rank is behind it."""
+
+    def on_train_start(self, trainer, module) -> None:
+        """SIGTERM is Ctrl-C: Lightning would have all ranks meet, which hangs when one got it."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def on_exception(self, trainer, module, exception) -> None:
         """Before any other callback saves something."""

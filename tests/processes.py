@@ -13,9 +13,11 @@
         hosts[1].unplug()    # its cable is pulled: its processes live on
 """
 
+import ctypes
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from contextlib import contextmanager
@@ -23,11 +25,13 @@ from typing import NamedTuple
 
 import pytest
 
+CLONE_NEWNET, CLONE_NEWPID, PR_SET_PDEATHSIG = 0x40000000, 0x20000000, 1  # linux/{sched,prctl}.h
 
-def fork(function, *arguments):
-    """A running process that has imported everything already."""
+
+def fork(function, *arguments, preload=("tests.test_watchdog", "lightning")):
+    """A running process that has imported everything already, if it is the first of the tests."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_watchdog", "lightning"])
+    context.set_forkserver_preload(list(preload))
     process = context.Process(target=function, args=arguments)
     process.start()
     return process
@@ -61,6 +65,17 @@ class Host(NamedTuple):
         """Stands before a command to run it there; killed, it takes its processes along."""
         isolate = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
         return ["ip", "netns", "exec", self.name, *isolate]
+
+    def enter(self):
+        """Go there with this process, which has imported much; killed, it is the power cut again."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/run/netns/{self.name}") as space:
+            assert libc.setns(space.fileno(), CLONE_NEWNET) == 0
+        assert libc.unshare(CLONE_NEWPID) == 0
+        process = os.fork()
+        if process:
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def unplug(self):
         """Pull the cable: nothing is sent or received any more, and nobody is told."""

@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft.tuners.adalora import AdaLoraModel
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import train
@@ -18,7 +22,7 @@ from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.training import ChatGLMTraining
 from chatglm.weights import load_config, load_pretrained
 from models import load_for_inference
-from tests.tiny_run import arguments, leftovers, stay_on_the_cpu, weights, write_inputs
+from tests.tiny_run import ROOT, arguments, leftovers, stay_on_the_cpu, weights, write_inputs
 
 SAVED = {"model.safetensors", "config.json", "ice_text.model", "settings.json"}
 MULTIPLE = {"train_batch_size": 1, "eval_every_steps": 4}  # 9 steps an epoch
@@ -129,6 +133,16 @@ def test_an_epoch_is_a_line_with_both_losses_and_the_perplexity(fit, capsys):
         assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
 
 
+def test_the_summary_has_the_losses_of_the_end(fit, tmp_path, capsys):
+    fit(max_epochs=2, max_steps=8, gradient_accumulation_steps=2, eval_every_steps=5)
+    shown = re.findall(r"train loss ([\d.]+), dev loss ([\d.]+)", capsys.readouterr().out)[-1]
+    summary = json.loads((tmp_path / "saved" / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["tokens_per_second"] > 0
+    assert (summary["train_loss"], summary["dev_loss"]) == pytest.approx(
+        (float(shown[0]), float(shown[1])), abs=1e-4
+    )
+
+
 def test_the_train_loss_of_an_epoch_is_the_mean_over_its_learned_tokens(fit, capsys, saves):
     fit(max_epochs=3, learning_rate=0.0)
     fit(train_batch_size=9, learning_rate=0.0)
@@ -169,6 +183,33 @@ def test_an_update_is_the_same_however_it_is_accumulated(fit, tmp_path):
     for name, tensor in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_report_what_one_does(fit, inputs, tmp_path):
+    options = {"max_epochs": 2, "eval_every_steps": 2, "optimizer": "adafactor"}
+    fit(train_batch_size=4, **options)
+    argv = arguments(inputs, tmp_path / "two", train_batch_size=2, devices=2, **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("saved", "two")
+    )
+    for name in ("steps", "train_loss", "dev_loss", "trained_parameters"):
+        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+    for name in ("best", "last"):
+        states = [
+            load_file(tmp_path / run / name / "model.safetensors") for run in ("saved", "two")
+        ]
+        for key, tensor in states[0].items():
+            torch.testing.assert_close(states[1][key], tensor, atol=1e-5, rtol=0)
 
 
 def test_mixed_in_data_is_trained_with_the_others(fit, inputs, monkeypatch, saves):
@@ -349,7 +390,7 @@ def test_adalora_allots_ranks_every_optimizer_step_down_to_its_target(
     )  # fmt: skip
     assert trainer.global_step == (15 if accumulate == 1 else 9)
     assert driven == list(range(trainer.global_step))
-    ranks = json.loads((tmp_path / "saved" / "ranks.json").read_text())
+    ranks = json.loads((tmp_path / "saved" / "summary.json").read_text())["ranks"]
     assert len(ranks) == 4 and sum(ranks.values()) == 4 * 2
     assert len(set(ranks.values())) > 1
     model, _ = load_for_inference(str(tmp_path / "saved" / "last"), device="cpu")
