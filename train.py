@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, float]:
     """Train; the last metrics."""
     trainer.fit(module, ckpt_path=state, weights_only=False)
-    metrics = dict(trainer.callback_metrics)
+    metrics = {**trainer.callback_metrics, "train_loss": module.mean_train_loss()}
     if settings.train.eval_file and module.dev_step != trainer.global_step:
         trainer.validate(module, verbose=False)  # max_steps ended between two dev runs
     return {name: float(value) for name, value in (metrics | trainer.callback_metrics).items()}

@@ -13,6 +13,7 @@ import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -82,8 +83,7 @@ class SaveTrained(lightning.Callback):
     def on_train_epoch_end(self, trainer, module) -> None:
         """Lightning runs the dev set before this."""
         if not self.has_dev_set:
-            loss = trainer.strategy.reduce(trainer.callback_metrics["train_loss"].clone())
-            self._keep_best(trainer, float(loss))  # all ranks or none
+            self._keep_best(trainer, module.mean_train_loss())
         if trainer.current_epoch + 1 < trainer.max_epochs and not trainer.should_stop:
             self._save(trainer, "last")
 
@@ -294,21 +294,25 @@ class LossCurve(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Remember the loss of this step."""
-        self.train.append((trainer.global_step, float(trainer.callback_metrics["train_loss"])))
+        if batch["learned_tokens"]:
+            self.train.append((trainer.global_step, float(trainer.callback_metrics["train_loss"])))
 
     def on_validation_end(self, trainer, module) -> None:
-        """Remember the dev loss."""
-        self.dev.append((trainer.global_step, float(trainer.callback_metrics["dev_loss"])))
+        """Remember the dev loss; print it, unless the line of the epoch will."""
+        loss = float(trainer.callback_metrics["dev_loss"])
+        self.dev.append((trainer.global_step, loss))
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if trainer.is_global_zero and not (fitting and trainer.fit_loop.epoch_loop.done):
+            print(f"step {trainer.global_step}: {_dev_line(loss)}")
 
     def on_train_epoch_end(self, trainer, module) -> None:
         """Print a line; draw."""
+        train_loss = module.mean_train_loss()
         if not trainer.is_global_zero:
             return
-        metrics = trainer.callback_metrics
-        line = f"epoch {trainer.current_epoch + 1}: train loss {float(metrics['train_loss']):.4f}"
-        if self.dev:
-            loss = self.dev[-1][1]
-            line += f", dev loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
+        line = f"epoch {trainer.current_epoch + 1}: train loss {train_loss:.4f}"
+        if self.dev and self.dev[-1][0] == trainer.global_step:
+            line += f", {_dev_line(self.dev[-1][1])}"
         print(line)
         self.draw()
 
@@ -330,3 +334,7 @@ class LossCurve(lightning.Callback):
         figure.savefig(aside, format="png", dpi=100)
         pyplot.close(figure)
         os.replace(aside, self.path)
+
+
+def _dev_line(loss: float) -> str:
+    return f"dev loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"

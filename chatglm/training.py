@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -99,6 +100,8 @@ class ChatGLMTraining(lightning.LightningModule):
         self.plan: BatchPlan | None = None
         self.resumed_at: tuple[int, int] | None = None
         self.dev_step = -1
+        self.epoch_loss, self.epoch_learned = 0.0, 0
+        self.before: tuple[float, int] | None = None  # of the epoch that was cut off
 
     def train_dataloader(self):
         """This process's share of the batches."""
@@ -114,6 +117,7 @@ class ChatGLMTraining(lightning.LightningModule):
             epoch, done = self.resumed_at
             over = done >= len(self.plan)
             self.plan.epoch, self.plan.start_batch = epoch + over, 0 if over else done
+            self.before = None if over else self.before
 
     def val_dataloader(self):
         """This process's share of the dev set."""
@@ -139,8 +143,10 @@ class ChatGLMTraining(lightning.LightningModule):
         ).loss
 
     def on_train_epoch_start(self) -> None:
-        """Speed is counted within the epoch."""
+        """Speed and mean loss are counted within the epoch, also of one that was cut off."""
         self.tokens_seen, self.clock = 0, time.monotonic()
+        self.epoch_loss, self.epoch_learned = self.before or (0.0, 0)
+        self.before = None
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int):
         """Labels are looked at while they are on the CPU."""
@@ -159,27 +165,33 @@ class ChatGLMTraining(lightning.LightningModule):
     def training_step(self, batch, batch_idx: int) -> Tensor:
         """Loss of one batch, logged with the speed in tokens a second (pads not counted)."""
         train, loss = self.run_settings.train, self(batch)
-        learned = int(batch["learned_tokens"])
-        shown = loss.detach() * batch["num_items_in_batch"] / max(learned, 1)
-        if learned:
-            check_loss(
-                shown.item(),
-                self.model,
-                batch,
-                step=self.global_step + 1,
-                precision=self.run_settings.train.precision,
-            )
         self.tokens_seen += int(batch["num_tokens"])
-        seconds = max(time.monotonic() - self.clock, 1e-9)
-        speed = self.tokens_seen * self.trainer.world_size / seconds
-        size = max(learned, 1)
-        self.log("train_loss", shown, prog_bar=True, batch_size=size)
-        self.log("tokens_per_second", speed, prog_bar=True, batch_size=size)
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("learning_rate", rate, batch_size=size)
+        learned = int(batch["learned_tokens"])
+        if learned:  # else a filler
+            shown = loss.detach() * batch["num_items_in_batch"] / learned
+            self._report(shown, batch, learned)
         # Lightning divides by the accumulated batches, and DeepSpeed once more.
         again = train.gradient_accumulation_steps if train.enable_deepspeed else 1
         return loss * again
+
+    def _report(self, loss: Tensor, batch: dict[str, Tensor], learned: int) -> None:
+        """Check the mean loss of a batch, count it towards the epoch's, and log."""
+        train, value = self.run_settings.train, loss.item()
+        step = self.global_step + 1
+        check_loss(value, self.model, batch, step=step, precision=train.precision)
+        self.epoch_loss += value * learned
+        self.epoch_learned += learned
+        speed = self.tokens_seen / max(time.monotonic() - self.clock, 1e-9)
+        self.log("train_loss", loss, prog_bar=True, batch_size=learned)
+        self.log("tokens_per_second", speed, prog_bar=True, batch_size=learned)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("learning_rate", rate, batch_size=learned)
+
+    def mean_train_loss(self) -> float:
+        """Over the learned tokens of this epoch so far, of all ranks; every rank calls it."""
+        sums = torch.tensor([self.epoch_loss, self.epoch_learned], device=self.device)
+        total, learned = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        return total / max(learned, 1)
 
     def on_before_optimizer_step(self, optimizer) -> None:
         """After the first backward pass."""
@@ -216,7 +228,7 @@ class ChatGLMTraining(lightning.LightningModule):
     def on_validation_end(self) -> None:
         """A plateau is judged once per dev run; Lightning would count batches or epochs."""
         self.dev_step = self.global_step
-        schedule = self.lr_schedulers() if self.trainer.training else None
+        schedule = self.lr_schedulers() if self.trainer.state.fn == TrainerFn.FITTING else None
         if isinstance(schedule, ReduceLROnPlateau):
             schedule.step(self.trainer.callback_metrics["dev_loss"])
 
@@ -242,6 +254,7 @@ class ChatGLMTraining(lightning.LightningModule):
         checkpoint["state_dict"] = {n: tensor for n, tensor in state.items() if n in trained}
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         checkpoint["batches"] = (self.current_epoch, progress.ready)
+        checkpoint["epoch_loss"] = (self.epoch_loss, self.epoch_learned)
         if self.run_settings.method == "adalora":
             allocator = self.model.base_model.rankallocator
             names = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -262,6 +275,7 @@ class ChatGLMTraining(lightning.LightningModule):
                 f" {sorted(differing)[0]}: start anew with --resume false"
             )
         self.resumed_at = checkpoint["batches"]
+        self.before = checkpoint["epoch_loss"]
         self._go_on_in_plan()
         if self.run_settings.method == "adalora":
             for name, value in checkpoint["ranks"].items():

@@ -41,7 +41,7 @@ def fork(function, *arguments, preload=("tests.test_watchdog", "lightning")):
 def ended(processes):
     """None of these outlives the block."""
     try:
-        yield
+        yield processes
     finally:
         for process in processes:
             process.kill()
@@ -67,7 +67,7 @@ class Host(NamedTuple):
         return ["ip", "netns", "exec", self.name, *isolate]
 
     def enter(self):
-        """Go there with this process, which has imported much; killed, it is the power cut again."""
+        """Go there with this process; killed, it takes what runs there along as well."""
         libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/run/netns/{self.name}") as space:
             assert libc.setns(space.fileno(), CLONE_NEWNET) == 0
