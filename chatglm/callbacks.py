@@ -4,8 +4,10 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -202,8 +204,8 @@ class SaveResume(lightning.Callback):
 
     def on_train_epoch_end(self, trainer, module) -> None:
         """The epoch is whole."""
-        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if self.every >= 0 and not ends and trainer.current_epoch + 1 < trainer.max_epochs:
+        goes_on = not trainer.should_stop and trainer.current_epoch + 1 < trainer.max_epochs
+        if self.every >= 0 and goes_on:
             self._save(trainer)
 
     def _save(self, trainer) -> None:
@@ -250,10 +252,14 @@ def find_resume(settings: Settings, data_digest: str) -> str | None:
     folder = resume_folder(settings)
     recover_folder(folder)
     path = os.path.join(folder, STATE_FILE)
-    if settings.train.resume is False or not os.path.exists(path):
+    if settings.train.resume is False:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.exists(path):
         if settings.train.resume:
             raise ToolkitError(f"--resume: {folder} does not exist; leave resume out to start anew")
         return None
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):  # as torch.save writes
+        raise ToolkitError(f"{path}: damaged; --resume false drops it and starts anew")
     differing = differences(settings, data_digest, read_run(folder))
     if differing:
         raise ToolkitError(
@@ -265,9 +271,19 @@ def find_resume(settings: Settings, data_digest: str) -> str | None:
 
 
 def read_run(folder: str) -> dict[str, Any]:
-    """What stands beside the state in resume/: settings, data and step of its run."""
-    with open(os.path.join(folder, RUN_FILE), encoding="utf-8") as file:
-        return json.load(file)
+    """What stands beside the state in resume/: settings, data and step of its run.
+
+    Raises:
+        ToolkitError: if it can't be read.
+    """
+    path = os.path.join(folder, RUN_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise ToolkitError(
+            f"{path}: damaged ({error}); --resume false drops it and starts anew"
+        ) from None
 
 
 def differences(settings: Settings, data_digest: str, run: dict[str, Any]) -> list[str]:
@@ -291,6 +307,10 @@ class LossCurve(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """On resuming."""
         self.train, self.dev = list(state_dict["train"]), list(state_dict["dev"])
+
+    def on_train_start(self, trainer, module) -> None:
+        """A kill while drawing has left its part."""
+        pathlib.Path(f"{self.path}.part").unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Remember the loss of this step."""

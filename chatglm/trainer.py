@@ -80,16 +80,15 @@ def build_trainer(
 ) -> lightning.Trainer:
     """The Trainer; it needs the settings with their "auto" and null filled in."""
     train = settings.train
-    if train.early_stopping_patience is not None:
+    if train.early_stopping_patience is not None:  # first, for its count to be in resume/
         patience = train.early_stopping_patience
-        callbacks = [*callbacks, EarlyStopping("dev_loss", patience=patience, verbose=True)]
+        callbacks = [EarlyStopping("dev_loss", patience=patience, verbose=True), *callbacks]
     every = train.eval_every_steps
     batches = None if every is None else every * train.gradient_accumulation_steps
     strategy = build_strategy(settings, cluster)
     splits = isinstance(strategy, DeepSpeedStrategy)
     return lightning.Trainer(
         max_epochs=train.max_epochs,
-        max_steps=train.max_steps,
         devices=cluster.devices,
         num_nodes=cluster.num_nodes,
         strategy=strategy,

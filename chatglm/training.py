@@ -45,12 +45,16 @@ class TrainingData:
             mix_ratio=settings.train.mix_ratio,
         )
 
-    def total_steps(self, settings: Settings, *, world_size: int = 1) -> int:
-        """Optimizer steps of the whole training."""
+    def steps_per_epoch(self, settings: Settings, *, world_size: int) -> int:
+        """Optimizer steps of one pass."""
         batches = len(self.plan(settings, world_size=world_size))
-        an_epoch = -(-batches // settings.train.gradient_accumulation_steps)
-        total = an_epoch * (settings.train.max_epochs or 1)
-        return total if settings.train.max_steps == -1 else min(total, settings.train.max_steps)
+        return -(-batches // settings.train.gradient_accumulation_steps)
+
+    def total_steps(self, settings: Settings, *, world_size: int) -> int:
+        """Optimizer steps of the whole training."""
+        train, an_epoch = settings.train, self.steps_per_epoch(settings, world_size=world_size)
+        total = an_epoch * (train.max_epochs or 1)
+        return total if train.max_steps == -1 else min(total, train.max_steps)
 
     def train_loader(self, plan: BatchPlan) -> DataLoader:
         """The plan's batches, the mixed-in samples after the others."""
@@ -193,6 +197,11 @@ class ChatGLMTraining(lightning.LightningModule):
         total, learned = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         return total / max(learned, 1)
 
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        """The end by max_steps; Lightning's own makes it take up a finished epoch again."""
+        if self.global_step == self.run_settings.train.max_steps:
+            self.trainer.should_stop = True
+
     def on_before_optimizer_step(self, optimizer) -> None:
         """After the first backward pass."""
         if self.trainer.global_step == 0:
@@ -234,14 +243,12 @@ class ChatGLMTraining(lightning.LightningModule):
 
     def configure_optimizers(self):
         """Optimizer and schedule by their names in the settings."""
+        settings, world_size = self.run_settings, self.trainer.world_size
         return build_optimizer(
             self.model,
-            self.run_settings.train,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            steps_per_epoch=-(
-                -self.trainer.num_training_batches
-                // self.run_settings.train.gradient_accumulation_steps
-            ),
+            settings.train,
+            total_steps=self.data.total_steps(settings, world_size=world_size),
+            steps_per_epoch=self.data.steps_per_epoch(settings, world_size=world_size),
         )
 
     def _trained_names(self) -> set[str]:

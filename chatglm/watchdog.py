@@ -147,10 +147,14 @@ class Watchdog:
         self._conclude(self._not_joined([0]))
 
     def _has_to_wait(self) -> bool:
-        """True for rank 0, in which the store lives, till the others leave; see on_exception."""
-        if self.rank == 0:
-            return any(not state["end"] for state in self.states.values())
-        return self.end == INTERRUPTED
+        """True till the others leave: for rank 0, in which the store lives, all; else those here.
+
+        A container ends with the process that started the others; see on_exception, too.
+        """
+        if self.rank and self.end == INTERRUPTED:
+            return True
+        others = [s for s in self.states.values() if not self.rank or s["machine"] == _machine()]
+        return any(not state["end"] for state in others)
 
     def _wait_a_beat(self) -> list[int]:
         """The ranks of this machine whose process ended; the first one to end ends the wait."""

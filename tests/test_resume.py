@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -239,8 +240,8 @@ def test_a_run_cut_off_twice_and_again_in_the_same_epoch_ends_as_if_it_had_not_b
     assert weights(tmp_path) == undisturbed("full", **mix)
 
 
-def test_the_curve_of_a_run_that_went_on_has_every_step_once(
-    tmp_path, commands, cut_off, monkeypatch
+def test_a_run_that_went_on_reports_every_step_and_epoch_once_and_as_if_it_had_not_been_cut(
+    tmp_path, commands, cut_off, monkeypatch, capsys
 ):
     drawn = []
     monkeypatch.setattr(LossCurve, "draw", lambda self: drawn.append((self.train, self.dev)))
@@ -248,9 +249,10 @@ def test_the_curve_of_a_run_that_went_on_has_every_step_once(
     cut_off(argv, 3)
     cut_off(argv, 4)
     train.main(argv)
-    after_cuts = drawn[-1]
+    after_cuts, told = drawn[-1], re.findall(r"epoch \d: .*", capsys.readouterr().out)
     train.main(commands("lora", tmp_path / "whole"))
     assert after_cuts == drawn[-1] and len(after_cuts[0]) == 15
+    assert told == re.findall(r"epoch \d: .*", capsys.readouterr().out) and len(told) == 3
 
 
 @pytest.fixture
