@@ -151,7 +151,7 @@ class SaveResume(lightning.Callback):
         self.settings, self.state = settings, state
         self.folder, self.every = resume_folder(settings), settings.train.save_every_steps
         self.run = {"settings": json.loads(settings.as_json()), "data": data_digest}
-        self.saved_step = -1
+        self.is_due = False
 
     def setup(self, trainer, module, stage) -> None:
         """All machines must train the same on the same, and go on from the same step.
@@ -195,11 +195,17 @@ class SaveResume(lightning.Callback):
             )
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        """Between epochs; a step that a dev run follows is saved after that."""
-        step = trainer.global_step
-        at_step = self.every > 0 and step and step % self.every == 0 and step != self.saved_step
-        loop = trainer.fit_loop.epoch_loop
-        if at_step and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+        """Within an epoch. A step that a dev run follows leaves it to the next one.
+
+        What follows from the dev run, such as the rate of a plateau, belongs into the same state.
+        """
+        step, loop = trainer.global_step, trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        self.is_due |= self.every > 0 and step % self.every == 0
+        dev_every = self.settings.train.eval_every_steps
+        dev_follows = dev_every is not None and step % dev_every == 0
+        if self.is_due and not dev_follows and not loop.batch_progress.is_last_batch:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer, module) -> None:
@@ -209,7 +215,7 @@ class SaveResume(lightning.Callback):
             self._save(trainer)
 
     def _save(self, trainer) -> None:
-        self.saved_step = trainer.global_step
+        self.is_due = False
         aside = f"{self.folder}.part"
         if trainer.is_global_zero:
             shutil.rmtree(aside, ignore_errors=True)

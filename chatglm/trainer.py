@@ -80,9 +80,14 @@ def build_trainer(
 ) -> lightning.Trainer:
     """The Trainer; it needs the settings with their "auto" and null filled in."""
     train = settings.train
-    if train.early_stopping_patience is not None:  # first, for its count to be in resume/
-        patience = train.early_stopping_patience
-        callbacks = [EarlyStopping("dev_loss", patience=patience, verbose=True), *callbacks]
+    if train.early_stopping_patience is not None:
+        early = EarlyStopping(
+            "dev_loss",
+            patience=train.early_stopping_patience,
+            check_on_train_epoch_end=False,  # after resume/ is written, its count would be lost
+            verbose=True,
+        )
+        callbacks = [early, *callbacks]
     every = train.eval_every_steps
     batches = None if every is None else every * train.gradient_accumulation_steps
     strategy = build_strategy(settings, cluster)

@@ -105,7 +105,6 @@ class ChatGLMTraining(lightning.LightningModule):
         self.resumed_at: tuple[int, int] | None = None
         self.dev_step = -1
         self.epoch_loss, self.epoch_learned = 0.0, 0
-        self.before: tuple[float, int] | None = None  # of the epoch that was cut off
 
     def train_dataloader(self):
         """This process's share of the batches."""
@@ -121,7 +120,6 @@ class ChatGLMTraining(lightning.LightningModule):
             epoch, done = self.resumed_at
             over = done >= len(self.plan)
             self.plan.epoch, self.plan.start_batch = epoch + over, 0 if over else done
-            self.before = None if over else self.before
 
     def val_dataloader(self):
         """This process's share of the dev set."""
@@ -147,10 +145,9 @@ class ChatGLMTraining(lightning.LightningModule):
         ).loss
 
     def on_train_epoch_start(self) -> None:
-        """Speed and mean loss are counted within the epoch, also of one that was cut off."""
+        """Speed and mean loss are counted within the epoch."""
         self.tokens_seen, self.clock = 0, time.monotonic()
-        self.epoch_loss, self.epoch_learned = self.before or (0.0, 0)
-        self.before = None
+        self.epoch_loss, self.epoch_learned = 0.0, 0
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int):
         """Labels are looked at while they are on the CPU."""
@@ -282,7 +279,7 @@ class ChatGLMTraining(lightning.LightningModule):
                 f" {sorted(differing)[0]}: start anew with --resume false"
             )
         self.resumed_at = checkpoint["batches"]
-        self.before = checkpoint["epoch_loss"]
+        self.epoch_loss, self.epoch_learned = checkpoint["epoch_loss"]
         self._go_on_in_plan()
         if self.run_settings.method == "adalora":
             for name, value in checkpoint["ranks"].items():
