@@ -190,6 +190,11 @@ class DataHelper:
             bar = tqdm(samples, unit=" samples", desc=split, disable=None)
             records.write_records(path, bar, source)
 
+    def record_files(self) -> dict[str, records.RecordFile]:
+        """The record file of every split that has files, built now if anything changed."""
+        paths = {split: self.make_dataset_with_args(split) for split in self.files}
+        return {split: records.RecordFile(path) for split, path in paths.items() if path}
+
     def samples(self, files: list[str]) -> Iterator[strategies.Sample]:
         """One sample a round, with the earlier rounds in its prompt."""
         samples = corpus.build_samples(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from chatglm.callbacks import LossCurve, Rehearsal, SaveResume, SaveTrained, find_resume
 from chatglm.checkpoints import check_saved, save_trained
@@ -20,8 +21,8 @@ from chatglm.command_line import run_script
 from chatglm.estimates import checkpoint_bytes, estimate_memory
 from chatglm.guards import check_disk, explaining_memory
 from chatglm.optim import schedule_options, warmup_steps
-from chatglm.records import RecordFile
 from chatglm.run_settings import Settings
+from chatglm.sharding import check_deepspeed
 from chatglm.trainer import build_trainer
 from chatglm.training import ChatGLMTraining, TrainingData
 from chatglm.tuning.adapters import adapter_ranks
@@ -34,42 +35,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Settings, records, model, fit."""
     settings, _ = read_settings(argv, description="Train ChatGLM.")
     schedule_options(settings.train)
-    available = torch.cuda.device_count()
+    check_deepspeed(settings)
     cluster = cluster_from_environment(
-        settings.train.devices, available=available, environ=os.environ
+        settings.train.devices, available=torch.cuda.device_count(), environ=os.environ
     )
     if not cluster.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     helper = DataHelper(settings)
     settings = resolve_settings(settings, helper.config)
-    splits = ("train", "mix", "dev")
-    paths = [helper.make_dataset_with_args(split) for split in splits]
-    records = {s: RecordFile(path) for s, path in zip(splits, paths, strict=True) if path}
-    data = TrainingData(records, pad_token_id=helper.config.pad_token_id)
+    data = TrainingData(helper.record_files(), pad_token_id=helper.config.pad_token_id)
     steps = data.total_steps(settings, world_size=cluster.world_size)
     state = find_resume(settings, data.digest())
     with explaining_memory(settings):
         model = build_model(settings, helper.config, total_steps=steps)
         if cluster.is_first:
             report_before(settings, model, helper.config, data, steps=steps)
-        batch = data.longest_batch(settings)
-        save = functools.partial(save_and_check, model, settings, helper.tokenizer, batch)
-        callbacks = [
-            Rehearsal(batch),
-            LossCurve(os.path.join(settings.train.save_dir, "loss_curve.png")),
-            SaveTrained(settings.train.save_dir, save, has_dev_set="dev" in records),
-            SaveResume(settings, data.digest(), state),
-        ]
-        trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in records)
+        callbacks = build_callbacks(settings, model, helper.tokenizer, data, state=state)
+        trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in data.records)
         metrics = fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
     if cluster.is_first:
         report_after(settings, model, {"steps": trainer.global_step, **metrics})
 
 
+def build_callbacks(
+    settings: Settings, model, tokenizer, data: TrainingData, *, state: str | None
+) -> list[Callback]:
+    """What happens beside the steps, in this order."""
+    folder, batch = settings.train.save_dir, data.longest_batch(settings)
+    save = functools.partial(save_and_check, model, settings, tokenizer, batch)
+    return [
+        Rehearsal(batch),
+        LossCurve(os.path.join(folder, "loss_curve.png")),
+        SaveTrained(folder, save, has_dev_set="dev" in data.records),
+        SaveResume(settings, data.digest(), state),
+    ]
+
+
 def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, float]:
     """Train; the last metrics."""
     trainer.fit(module, ckpt_path=state, weights_only=False)
-    metrics = {**trainer.callback_metrics, "train_loss": module.mean_train_loss()}
+    metrics = {**trainer.callback_metrics, "train_loss": module.train_loss}
     if settings.train.eval_file and module.dev_step != trainer.global_step:
         trainer.validate(module, verbose=False)  # max_steps ended between two dev runs
     return {name: float(value) for name, value in (metrics | trainer.callback_metrics).items()}

@@ -101,10 +101,10 @@ class SaveTrained(lightning.Callback):
         if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
             return
         if is_split(module.model):
-            print("\ninterrupted: the weights are split over the devices, last/ stays as it was")
+            print("interrupted: the weights are split over the devices, last/ stays as it was")
         else:
             self._write(trainer, whole_state(module.model), "last")
-            print(f"\ninterrupted: what was learned is in {os.path.join(self.folder, 'last')}")
+            print(f"interrupted: what was learned is in {os.path.join(self.folder, 'last')}")
 
     def _keep_best(self, trainer, loss: float) -> None:
         if loss < self.best:

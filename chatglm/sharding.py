@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from .errors import ToolkitError
+from .run_settings import Settings
 
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
         "gradient_clipping", "optimizer", "scheduler", "bf16", "fp16")  # fmt: skip
@@ -68,6 +69,23 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3):
         raise ToolkitError(f"deepspeed_config {path}: stage {stage!r}; allowed are 0 to 3")
     return config
+
+
+def check_deepspeed(settings: Settings) -> None:
+    """Refuse what DeepSpeed can't do, before anything is loaded.
+
+    Raises:
+        ToolkitError: for a config that can't be read, and for DoRA under ZeRO-3.
+    """
+    if not settings.train.enable_deepspeed:
+        return
+    config = read_deepspeed_config(settings.train.deepspeed_config)
+    dora = settings.method == "lora" and settings.lora.use_dora
+    if dora and config.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ToolkitError(
+            "lora_info_args.use_dora needs whole weights, which ZeRO-3 splits up: use stage 2"
+            " (./config/deepspeed.json), or leave use_dora off"
+        )
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

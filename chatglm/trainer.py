@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -69,7 +70,9 @@ class WatchRanks(lightning.Callback):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def on_exception(self, trainer, module, exception) -> None:
-        """Before any other callback saves something."""
+        """Before any other callback saves or says something."""
+        if trainer.is_global_zero:
+            print(file=sys.stderr)  # below the progress bar
         watchdog = getattr(trainer.strategy, "watchdog", None)
         if watchdog is not None:
             watchdog.on_exception(exception)

@@ -104,7 +104,7 @@ class ChatGLMTraining(lightning.LightningModule):
         self.plan: BatchPlan | None = None
         self.resumed_at: tuple[int, int] | None = None
         self.dev_step = -1
-        self.epoch_loss, self.epoch_learned = 0.0, 0
+        self.epoch_loss, self.epoch_learned, self.train_loss = 0.0, 0, 0.0
 
     def train_dataloader(self):
         """This process's share of the batches."""
@@ -182,17 +182,29 @@ class ChatGLMTraining(lightning.LightningModule):
         check_loss(value, self.model, batch, step=step, precision=train.precision)
         self.epoch_loss += value * learned
         self.epoch_learned += learned
-        speed = self.tokens_seen / max(time.monotonic() - self.clock, 1e-9)
+        seconds = max(time.monotonic() - self.clock, 1e-9)
+        speed = self.tokens_seen * self.trainer.world_size / seconds
         self.log("train_loss", loss, prog_bar=True, batch_size=learned)
         self.log("tokens_per_second", speed, prog_bar=True, batch_size=learned)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("learning_rate", rate, batch_size=learned)
 
+    def _epoch_sums(self) -> tuple[float, int]:
+        """Loss and learned tokens of this epoch so far, of all ranks; every rank calls it."""
+        if self.trainer.world_size == 1:
+            return self.epoch_loss, self.epoch_learned
+        sums = torch.tensor([self.epoch_loss, self.epoch_learned], device=self.device)
+        loss, learned = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        return loss, round(learned)
+
     def mean_train_loss(self) -> float:
         """Over the learned tokens of this epoch so far, of all ranks; every rank calls it."""
-        sums = torch.tensor([self.epoch_loss, self.epoch_learned], device=self.device)
-        total, learned = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        return total / max(learned, 1)
+        loss, learned = self._epoch_sums()
+        return loss / max(learned, 1)
+
+    def on_train_end(self) -> None:
+        """The last epoch's loss, while the ranks can still meet."""
+        self.train_loss = self.mean_train_loss()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         """The end by max_steps; Lightning's own makes it take up a finished epoch again."""
@@ -258,7 +270,7 @@ class ChatGLMTraining(lightning.LightningModule):
         checkpoint["state_dict"] = {n: tensor for n, tensor in state.items() if n in trained}
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         checkpoint["batches"] = (self.current_epoch, progress.ready)
-        checkpoint["epoch_loss"] = (self.epoch_loss, self.epoch_learned)
+        checkpoint["epoch_loss"] = self._epoch_sums()
         if self.run_settings.method == "adalora":
             allocator = self.model.base_model.rankallocator
             names = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -279,7 +291,8 @@ class ChatGLMTraining(lightning.LightningModule):
                 f" {sorted(differing)[0]}: start anew with --resume false"
             )
         self.resumed_at = checkpoint["batches"]
-        self.epoch_loss, self.epoch_learned = checkpoint["epoch_loss"]
+        if self.trainer.is_global_zero:  # the sums of all ranks
+            self.epoch_loss, self.epoch_learned = checkpoint["epoch_loss"]
         self._go_on_in_plan()
         if self.run_settings.method == "adalora":
             for name, value in checkpoint["ranks"].items():
