@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from chatglm.callbacks import LossCurve, Rehearsal, SaveResume, SaveTrained, find_resume
 from chatglm.checkpoints import check_saved, save_trained
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_callbacks(
     settings: Settings, model, tokenizer, data: TrainingData, *, state: str | None
-) -> list[Callback]:
+) -> list:
     """What happens beside the steps, in this order."""
     folder, batch = settings.train.save_dir, data.longest_batch(settings)
     save = functools.partial(save_and_check, model, settings, tokenizer, batch)
@@ -77,6 +76,8 @@ def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, flo
     metrics = {**trainer.callback_metrics, "train_loss": module.train_loss}
     if settings.train.eval_file and module.dev_step != trainer.global_step:
         trainer.validate(module, verbose=False)  # max_steps ended between two dev runs
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        process.wait()  # a container ends with its first process
     return {name: float(value) for name, value in (metrics | trainer.callback_metrics).items()}
 
 

@@ -330,6 +330,8 @@ class LossCurve(lightning.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if trainer.is_global_zero and not (fitting and trainer.fit_loop.epoch_loop.done):
             print(f"step {trainer.global_step}: {_dev_line(loss)}")
+        if trainer.is_global_zero and not fitting:  # the dev run after the last step
+            self.draw()
 
     def on_train_epoch_end(self, trainer, module) -> None:
         """Print a line; draw."""

@@ -88,10 +88,12 @@ class Watchdog:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             self._wait(self.timeout_seconds + 5 * self.beat_seconds)
         if isinstance(error, ToolkitError):
+            speaks = self._speaks()
             self._leave(f"{self._names([self.rank])} failed: {error}", 5 * self.beat_seconds)
-            if not self._speaks():
-                time.sleep(3 * self.beat_seconds)  # till the one that speaks has done so
+            if not (speaks and self._speaks()):
+                time.sleep(3 * self.beat_seconds)  # till the rank that does has read it
                 os._exit(2)
+            return
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         self._leave(self._line([self.rank], f"failed ({reason})"), 5 * self.beat_seconds)
 
@@ -147,14 +149,10 @@ class Watchdog:
         self._conclude(self._not_joined([0]))
 
     def _has_to_wait(self) -> bool:
-        """True till the others leave: for rank 0, in which the store lives, all; else those here.
-
-        A container ends with the process that started the others; see on_exception, too.
-        """
-        if self.rank and self.end == INTERRUPTED:
-            return True
-        others = [s for s in self.states.values() if not self.rank or s["machine"] == _machine()]
-        return any(not state["end"] for state in others)
+        """True for rank 0, in which the store lives, till the others leave; see on_exception."""
+        if self.rank == 0:
+            return any(not self.states.get(rank, {}).get("end") for rank in self.silence)
+        return self.end == INTERRUPTED
 
     def _wait_a_beat(self) -> list[int]:
         """The ranks of this machine whose process ended; the first one to end ends the wait."""

@@ -6,6 +6,7 @@ have, unless a test says otherwise.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -74,6 +75,9 @@ def train_there(argv, log, host, environ, at_step, then):
         ChatGLMTraining.on_train_batch_start, on_train_batch_start,
     )  # fmt: skip
     LossCurve.draw = lambda self: None  # half of the time of so short a run
+    with contextlib.suppress(ImportError):
+        communication = importlib.import_module("deepspeed.comm.torch")
+        communication.build_shm_op = lambda: None  # would compile, and wait for who compiles
     train_in_child(argv, log)
 
 
@@ -171,14 +175,14 @@ def difference(folder, other):
 
 
 def assert_same(save_dir, expected):
-    """Weights up to the order of sums, and the dev loss."""
+    """Weights and losses, up to the order of sums."""
     for name in ("best", "last"):
         assert difference(save_dir / name, expected / name) < 1e-6
-    losses = [
-        json.loads((folder / "summary.json").read_text())["dev_loss"]
-        for folder in (save_dir, expected)
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-6)
+    found, wanted = (
+        json.loads((folder / "summary.json").read_text()) for folder in (save_dir, expected)
+    )
+    for name in ("train_loss", "dev_loss"):
+        assert found[name] == pytest.approx(wanted[name], abs=2e-6)
 
 
 def test_a_batch_of_another_size_gives_other_weights(alone):
@@ -190,7 +194,9 @@ def test_a_batch_of_another_size_gives_other_weights(alone):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_hosts_train_as_one_process_with_twice_the_batch(method, tmp_path, command, alone):
-    settings = {**LORA, "model_name_or_path": alone(2) / "last"} if method == "lora" else {}
+    settings = {"max_steps": 7}  # a dev run follows, for which the ranks meet anew
+    if method == "lora":
+        settings |= {**LORA, "model_name_or_path": alone(2) / "last"}
     argvs = [
         command(tmp_path / f"host{n}" / "saved", train_batch_size=1, devices=1, **settings)
         for n in (0, 1)

@@ -1,5 +1,6 @@
 """A run that is cut off goes on to the very bytes that it would have come to undisturbed."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -292,6 +293,13 @@ def test_a_kill_while_resume_is_written_loses_nothing(interrupted, undisturbed, 
     assert not leftovers(folder)
 
 
+def test_what_a_kill_left_half_written_is_gone_in_the_end_if_nothing_is_saved_again(interrupted):
+    folder, argv = interrupted
+    damage_new(folder / "resume")
+    train.main([*argv, "--save_every_steps=-1"])
+    assert not leftovers(folder)
+
+
 # What may not go on.
 
 
@@ -423,6 +431,23 @@ def test_a_disk_that_fills_up_ends_in_a_line_and_the_same_command_goes_on(
     (small_disk / "filler").unlink()
     train.main(argv)
     assert weights(folder) == undisturbed("full", **options)
+
+
+def test_a_disk_that_fills_up_with_the_last_small_file_is_a_line_too(
+    interrupted, undisturbed, monkeypatch
+):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder, argv = interrupted
+    with monkeypatch.context() as patch:
+        patch.setattr("chatglm.callbacks.json.dump", full)
+        with pytest.raises(ToolkitError, match=r"resume: could not be written .*No space left"):
+            train.main(argv)
+    readable(folder)
+    assert not leftovers(folder)
+    train.main(argv)
+    assert weights(folder) == undisturbed("full")
 
 
 def test_every_save_leaves_whole_folders_only(tmp_path, commands, monkeypatch):
