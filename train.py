@@ -73,12 +73,13 @@ def build_callbacks(
 def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, float]:
     """Train; the last metrics."""
     trainer.fit(module, ckpt_path=state, weights_only=False)
-    metrics = {**trainer.callback_metrics, "train_loss": module.train_loss}
+    metrics = dict(trainer.callback_metrics)
     if settings.train.eval_file and module.dev_step != trainer.global_step:
         trainer.validate(module, verbose=False)  # max_steps ended between two dev runs
     for process in getattr(trainer.strategy.launcher, "procs", []):
         process.wait()  # a container ends with its first process
-    return {name: float(value) for name, value in (metrics | trainer.callback_metrics).items()}
+    metrics |= {**trainer.callback_metrics, "train_loss": module.train_loss}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def save_and_check(model, settings: Settings, tokenizer, batch, state: dict, folder: str) -> None:

@@ -111,15 +111,11 @@ class ChatGLMTraining(lightning.LightningModule):
         self.plan = self.data.plan(
             self.run_settings, rank=self.trainer.global_rank, world_size=self.trainer.world_size
         )
-        self._go_on_in_plan()
-        return self.data.train_loader(self.plan)
-
-    def _go_on_in_plan(self) -> None:
-        """DDP loads a checkpoint before the plan is made, DeepSpeed after it."""
-        if self.plan is not None and self.resumed_at is not None:
+        if self.resumed_at is not None:
             epoch, done = self.resumed_at
             over = done >= len(self.plan)
             self.plan.epoch, self.plan.start_batch = epoch + over, 0 if over else done
+        return self.data.train_loader(self.plan)
 
     def val_dataloader(self):
         """This process's share of the dev set."""
@@ -293,7 +289,6 @@ class ChatGLMTraining(lightning.LightningModule):
         self.resumed_at = checkpoint["batches"]
         if self.trainer.is_global_zero:  # the sums of all ranks
             self.epoch_loss, self.epoch_learned = checkpoint["epoch_loss"]
-        self._go_on_in_plan()
         if self.run_settings.method == "adalora":
             for name, value in checkpoint["ranks"].items():
                 setattr(self.model.base_model.rankallocator, name, value)

@@ -23,7 +23,13 @@ from safetensors.torch import load_file
 from .processes import ended, fork, free_port, two_hosts
 from .tiny_run import ROOT, WEIGHT_FILES, arguments, train_in_child, write_inputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "CHATGLM_TEST_HOSTS" not in os.environ,
+        reason="set CHATGLM_TEST_HOSTS=1: minutes of training on hosts in network namespaces",
+    ),
+]
 
 # Adam divides by the size of the gradient, which hides a wrong factor and magnifies rounding; with
 # an epsilon of 1 it is descent with momentum.
@@ -230,11 +236,13 @@ def test_torchrun_trains_as_one_process(tmp_path, command, alone):
 
 
 def test_without_a_dev_set_the_ranks_agree_on_the_best_weights(tmp_path, command, alone):
-    settings = {"eval_file": "[]", "learning_rate": 3.0, "max_epochs": 4}
+    # The loss falls by less than by what the samples of a rank differ from epoch to epoch.
+    settings = {"eval_file": "[]", "learning_rate": 0.01, "max_epochs": 4}
     argv = command(tmp_path / "saved", train_batch_size=1, devices=2, **settings)
     with ended(ranks_here(argv, tmp_path / "log")) as processes:
-        assert codes(processes) == [0, 0], (tmp_path / "log").read_text()
-    assert difference(tmp_path / "saved" / "last", alone(2, **settings) / "last") < 1e-5
+        assert codes(processes, within_seconds=20) == [0, 0], (tmp_path / "log").read_text()
+    for name in ("best", "last"):
+        assert difference(tmp_path / "saved" / name, alone(2, **settings) / name) < 1e-6
 
 
 def build_there(argv, log):
