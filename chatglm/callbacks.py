@@ -217,22 +217,23 @@ class SaveResume(lightning.Callback):
     def _save(self, trainer) -> None:
         self.is_due = False
         aside = f"{self.folder}.part"
-        if trainer.is_global_zero:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.makedirs(aside)
-        trainer.strategy.barrier()
         with writing(self.folder):
+            if trainer.is_global_zero:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.makedirs(aside)
+            trainer.strategy.barrier()
             trainer.save_checkpoint(os.path.join(aside, STATE_FILE))
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            run = {**self.run, "step": trainer.global_step}
-            with open(os.path.join(aside, RUN_FILE), "w", encoding="utf-8") as file:
-                json.dump(run, file, ensure_ascii=False, indent=2)
-            replace_folder(aside, self.folder)
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                run = {**self.run, "step": trainer.global_step}
+                with open(os.path.join(aside, RUN_FILE), "w", encoding="utf-8") as file:
+                    json.dump(run, file, ensure_ascii=False, indent=2)
+                replace_folder(aside, self.folder)
 
     def on_train_end(self, trainer, module) -> None:
         """The trained weights are saved; nothing is left to go on with, on any machine."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, f"{self.folder}.part"):  # of a kill while it was written
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
