@@ -13,10 +13,10 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from chatglm import corpus, records, strategies
-from chatglm.building import read_config_file
 from chatglm.command_line import parse_settings, run_script
 from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
+from chatglm.files import read_json
 from chatglm.prompts import TEMPLATE_VERSION
 from chatglm.run_settings import Settings
 from chatglm.settings import (
@@ -134,7 +134,7 @@ def read_settings(
     parsed = parse_settings(groups, argv, description=description)
     settings = Settings(*parsed[: len(GROUPS)])
     name = settings.train.config_name
-    return settings.completed(read_config_file(name) if name else {}), parsed[len(GROUPS) :]
+    return settings.completed(read_json(name) if name else {}), parsed[len(GROUPS) :]
 
 
 class DataHelper:

@@ -1,7 +1,6 @@
 """A model out of settings: shape, weights, method; and any saved folder to chat with."""
 
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from .checkpoints import kind_of, load_prefix, read_settings_json
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
+from .files import read_json
 from .model import ChatGLMForConditionalGeneration
 from .run_settings import Settings
 from .settings import EMBEDDED_CONFIG, LARGE_MODEL, ModelSettings
@@ -151,7 +151,7 @@ def resolve_settings(settings: Settings, config: ChatGLMConfig) -> Settings:
 
 def _check_config_file(path: str, config: ChatGLMConfig, named: Any) -> Any:
     """The precision that stands in config_name's file; its shape must be the weights'."""
-    content = read_config_file(path)
+    content = read_json(path)
     for name, value in content.items():
         if name in ("precision", "pre_seq_len", "prefix_projection", "quantization_bit"):
             continue
@@ -160,22 +160,6 @@ def _check_config_file(path: str, config: ChatGLMConfig, named: Any) -> Any:
                 f"{path}: {name} {value!r}, but the weights have {getattr(config, name)!r}"
             )
     return content.get("precision", named)
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """The content of a config.json as it stands.
-
-    Raises:
-        ToolkitError: if it can't be read as a JSON object.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ToolkitError(f"{path}: not a readable config.json ({error})") from None
-    if not isinstance(content, dict):
-        raise ToolkitError(f"{path}: expected a JSON object")
-    return content
 
 
 def load_for_inference(

@@ -6,7 +6,6 @@ a rank or the base weights twice.
 
 import contextlib
 import copy
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import ToolkitError
+from .files import read_json
 from .model import ChatGLMForConditionalGeneration
 from .run_settings import Settings
 from .sharding import is_split
@@ -265,8 +265,4 @@ def read_settings_json(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "settings.json")
     if not os.path.exists(path):
         return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ToolkitError(f"{path}: not readable as JSON ({error})") from None
+    return read_json(path)

@@ -1,10 +1,11 @@
-"""A text file that is either whole or not there."""
+"""Text files: written whole or not at all, and JSON objects read with one line of complaint."""
 
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from .errors import ToolkitError
 
@@ -30,3 +31,19 @@ def written_aside(path: str) -> Iterator[TextIO]:
         os.replace(aside, path)
     finally:
         pathlib.Path(aside).unlink(missing_ok=True)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ToolkitError: if the file can't be read, or holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ToolkitError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ToolkitError(f"{path}: expected a JSON object")
+    return content

@@ -6,7 +6,6 @@ The obvious other way, DeepSpeed's own zero_to_fp32, runs whatever a file names,
 weights and Adam's moments into memory in fp32.
 """
 
-import json
 import os
 import pickle
 import re
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ToolkitError
+from .files import read_json
 from .weights import UNREADABLE, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -142,11 +142,7 @@ def _json_beside(where: str, name: str) -> dict[str, Any]:
     for parent in ([] if folder.is_file() else [folder]) + list(folder.parents)[:_PARENTS]:
         path = parent / name
         if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ToolkitError(f"{path}: not readable as JSON ({error})") from None
-            return content if isinstance(content, dict) else {}
+            return read_json(str(path))
     return {}
 
 

@@ -4,7 +4,6 @@ With ZeRO-3 a parameter is an empty tensor on every rank until it is gathered; a
 together, one parameter at a time, so that no device need hold the model.
 """
 
-import json
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from .errors import ToolkitError
+from .files import read_json
 from .run_settings import Settings
 
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -37,7 +37,19 @@ class AnyDeviceDeepSpeed(DeepSpeedStrategy):
         if self.root_device.type == "cuda":
             super().setup_distributed()
         else:
+            leave_out_shared_memory()
             self._init_deepspeed_distributed()
+
+
+def leave_out_shared_memory() -> None:
+    """On a CPU, reduce over gloo alone.
+
+    DeepSpeed would compile a reduction over shared memory at its first run, which takes a minute
+    and a C++ compiler, and a kill meanwhile leaves a lock that every later run waits on for ever.
+    """
+    from deepspeed.comm import torch as communication
+
+    communication.build_shm_op = lambda: None
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
@@ -52,13 +64,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise ToolkitError(f"enable_deepspeed: {error}; pip install deepspeed") from None
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ToolkitError(f"deepspeed_config {path}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ToolkitError(f"deepspeed_config {path}: expected a JSON object")
+    config = read_json(path)
     ours = [key for key in OURS if key in config]
     if ours:
         raise ToolkitError(

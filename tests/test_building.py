@@ -17,12 +17,12 @@ from chatglm.building import (
     build_model,
     build_tokenizer,
     load_for_inference,
-    read_config_file,
     resolve_settings,
 )
 from chatglm.checkpoints import save_trained
 from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
+from chatglm.files import read_json
 from chatglm.settings import ChatSettings
 from chatglm.sharding import whole_state
 from chatglm.terminal import converse
@@ -147,7 +147,7 @@ def test_the_precision_of_a_config_file_holds_for_the_weights(tmp_path, without_
 def test_a_config_file_that_is_no_object_is_named(tmp_path, content):
     (tmp_path / "extra.json").write_text(content)
     with pytest.raises(ToolkitError, match=r"extra\.json: "):
-        read_config_file(str(tmp_path / "extra.json"))
+        read_json(str(tmp_path / "extra.json"))
 
 
 def test_a_file_like_config_ptv2_switches_p_tuning_on(tmp_path, weights_folder):
