@@ -4,6 +4,7 @@ With ZeRO-3 a parameter is an empty tensor on every rank until it is gathered; a
 together, one parameter at a time, so that no device need hold the model.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -47,8 +48,7 @@ def leave_out_shared_memory() -> None:
     DeepSpeed would compile a reduction over shared memory at its first run, which takes a minute
     and a C++ compiler, and a kill meanwhile leaves a lock that every later run waits on for ever.
     """
-    from deepspeed.comm import torch as communication
-
+    communication = import_module("deepspeed.comm.torch")  # not the name torch in deepspeed.comm
     communication.build_shm_op = lambda: None
 
 
