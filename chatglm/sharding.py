@@ -41,6 +41,19 @@ class AnyDeviceDeepSpeed(DeepSpeedStrategy):
             leave_out_shared_memory()
             self._init_deepspeed_distributed()
 
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        """With ZeRO-3 each parameter is split by itself, and offloaded if so configured.
+
+        DeepSpeed alone would first move the whole model to the device.
+        """
+        if self.zero_stage_3:
+            import deepspeed
+
+            deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.root_device)
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
 
 def leave_out_shared_memory() -> None:
     """On a CPU, reduce over gloo alone.
