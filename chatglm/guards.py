@@ -149,7 +149,7 @@ def explaining_memory(settings: Settings) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).split(" Process ")[0].split(" Including ")[0]  # then: other processes
         raise ToolkitError(f"{reason} {out_of_memory_advice(settings)}") from None
 
 

@@ -45,7 +45,7 @@ from .positions import (
     position_rows,
     token_index,
 )
-from .prefix import PrefixEncoder
+from .prefix import PrefixEncoder, own_gradient
 from .quantization.linear import QuantizedEmbedding, QuantizedLinear
 from .rotary import apply_rotary, rotary_for_positions
 from .tokenizer import ChatGLMTokenizer
@@ -96,7 +96,9 @@ class SelfAttention(nn.Module):
         q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)  # each (B, H, T, D)
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if prefix is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(prefix, (k, v), strict=True))
+            k, v = (
+                torch.cat((own_gradient(p), x), dim=2) for p, x in zip(prefix, (k, v), strict=True)
+            )
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)  # (B, H, S, D)
         # Gradient checkpointing comes back here without the caller's choice of kernels.

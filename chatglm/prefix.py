@@ -41,3 +41,15 @@ class PrefixEncoder(nn.Module):
         # Dropout draws for every row of the batch, as the released code does.
         batch = heads.permute(1, 2, 0, 3)[:, None].expand(-1, batch_size, -1, -1, -1)
         return self.dropout(batch.to(dtype))
+
+
+def own_gradient(virtual: Tensor) -> Tensor:
+    """The same values, to be put before others: their gradient is copied on its way back.
+
+    Uncopied it is a slice, which keeps the gradient of all keys of a layer in memory until the
+    first layer's has come: 0.9 GB for 2 x 1024 tokens in fp16.
+    """
+    virtual = virtual.view_as(virtual)  # within the layer, so that its turn comes there
+    if virtual.requires_grad:
+        virtual.register_hook(torch.clone)
+    return virtual

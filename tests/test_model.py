@@ -12,6 +12,7 @@ from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.positions import find_context
+from chatglm.prefix import own_gradient
 
 from .conftest import load, write_config
 
@@ -412,6 +413,15 @@ def test_stored_packed_weights_stay_int8_with_their_fp16_scales(quantized_folder
         attention = load(folder, torch.float16).transformer.layers[3].attention
         assert attention.query_key_value.weight.dtype == torch.int8
         assert attention.query_key_value.weight_scale.dtype == torch.float16
+
+
+def test_the_gradient_of_virtual_tokens_keeps_no_other_memory():
+    virtual, found = torch.ones(2, 3, requires_grad=True), []
+    scaled = 2 * virtual
+    scaled.register_hook(lambda g: found.append((g.untyped_storage().nbytes(), g.nbytes)))
+    torch.cat((own_gradient(scaled), torch.ones(1000, 3))).pow(2).sum().backward()
+    assert found == [(24, 24)]
+    assert torch.equal(virtual.grad, torch.full((2, 3), 8.0))
 
 
 def test_a_saved_prefix_comes_back_equal(checkpoint_folder, tmp_path):
