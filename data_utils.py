@@ -6,16 +6,15 @@ python data_utils.py --help         # every setting as a flag
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
 
-from chatglm import corpus, records, strategies
+from chatglm import builder, corpus, records, strategies
 from chatglm.command_line import parse_settings, run_script
 from chatglm.configuration import ChatGLMConfig
-from chatglm.errors import ToolkitError
 from chatglm.files import read_json
 from chatglm.prompts import TEMPLATE_VERSION
 from chatglm.run_settings import Settings
@@ -26,6 +25,7 @@ from chatglm.settings import (
     ModelSettings,
     TrainSettings,
 )
+from chatglm.sources import file_format
 from chatglm.tokenizer import ChatGLMTokenizer
 from models import build_tokenizer, model_switches
 
@@ -36,6 +36,7 @@ train_info_args = {
     "config_name": None,
     "train_file": ["./data/finetune_train_examples.json"],
     "eval_file": ["./data/finetune_dev_examples.json"],
+    "data_backend": "record",
     "mix_file": [],
     "mix_ratio": 0.0,
     "output_dir": "./output",
@@ -110,6 +111,12 @@ adalora_info_args = {
 data_conf = {
     "strategy": "truncation",
     "ensure_answer_min_length": 1,
+    "sliding_size": None,
+    "p": 1,
+    "data_format": "auto",
+    "max_rejected": 0.01,
+    "num_process_worker": None,
+    "verify": False,
 }
 
 _train = {
@@ -138,27 +145,50 @@ def read_settings(
 
 
 class DataHelper:
-    """Builds the tokenizer and the record files that the settings ask for."""
+    """Builds the tokenizer and the records that the settings ask for."""
 
     def __init__(self, settings: Settings):
         self.train, self.data = train, data = settings.train, settings.data
         self.files = {
-            "train": corpus.expand_files(train.train_file),
-            "mix": corpus.expand_files(train.mix_file),
-            "dev": corpus.expand_files(train.eval_file),
-        }
-        # The embedded tokenizer learns from the training text; one with weights needs none.
-        paragraphs = corpus.read_paragraphs(self.files["train"]) if train.from_scratch else []
-        texts = [text for rounds in paragraphs for one in rounds for text in one]
+            split: [builder.InputFile(path, file_format(path, data.data_format))
+                    for path in corpus.expand_files(patterns)]
+            for split, patterns in (
+                ("train", train.train_file), ("mix", train.mix_file), ("dev", train.eval_file)
+            )
+        }  # fmt: skip
         self.tokenizer: ChatGLMTokenizer
         self.config: ChatGLMConfig
         with self._lock() if train.from_scratch else contextlib.nullcontext():
-            self.tokenizer, self.config = build_tokenizer(settings, texts)
-        if data.ensure_answer_min_length + 3 >= train.max_seq_length:
-            raise ToolkitError(
-                f"ensure_answer_min_length {data.ensure_answer_min_length} leaves no room for a"
-                f" prompt in max_seq_length {train.max_seq_length}"
-            )
+            self.tokenizer, self.config = build_tokenizer(settings, self._texts())
+        self.plan = self._build_plan()
+
+    def _texts(self) -> list[str]:
+        """The training text, from which the embedded tokenizer learns; with weights none."""
+        if not self.train.from_scratch:
+            return []
+        paragraphs = [
+            corpus.read_paragraphs([file.path], data_format=file.form, skip_bad=True)
+            for file in self.files["train"]
+        ]
+        return [text for many in paragraphs for rounds in many for one in rounds for text in one]
+
+    def _build_plan(self) -> builder.BuildPlan:
+        tokenizer, data = self.tokenizer, self.data
+        return builder.BuildPlan(
+            vocab_file=tokenizer.vocab_file,
+            special=strategies.SpecialTokens(
+                tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+            ),
+            rules=strategies.CutRules(
+                max_seq_length=self.train.max_seq_length,
+                strategy=data.strategy,
+                ensure_answer_min_length=data.ensure_answer_min_length,
+                sliding_size=data.sliding_size,
+                p=data.p,
+            ),
+            backend=self.train.data_backend,
+            seed=self.train.seed,
+        )
 
     def _lock(self) -> FileLock:
         """Held while building: torchrun and srun start all processes of a machine at once."""
@@ -166,62 +196,70 @@ class DataHelper:
         return FileLock(f"{self.train.output_dir}/.lock")
 
     def make_dataset_with_args(self, split: str) -> str | None:
-        """Path of the record file of "train", "mix" or "dev", built now if anything changed.
+        """Folder of the records of "train", "mix" or "dev", built now if anything changed.
 
         None when the split has no files.
         """
         files = self.files[split]
         if not files:
             return None
-        path = f"{self.train.output_dir}/{split}.record"
-        source = self._source(files)
-        if records.reason_to_rebuild(path, source):
+        folder = os.path.join(self.train.output_dir, split)
+        if builder.reason_to_rebuild(folder, files, self._source()):
             with self._lock():
-                self._build(path, split, source)
-        print(f"{path}: {_summary(records.Counts(**records.read_manifest(path)['counts']))}")
-        return path
+                self._build(folder, files)
+        found = records.RecordFolder(folder)
+        print(f"{folder}: {_summary(records.Counts.from_json(found.manifest['counts']))}")
+        if self.data.verify:
+            for _ in tqdm(
+                found.verify(), desc=f"verifying {split}", total=len(found), disable=None
+            ):
+                pass
+            print(f"{folder}: every sample has its checksum")
+        return folder
 
-    def _build(self, path: str, split: str, source: dict) -> None:
+    def _build(self, folder: str, files: list[builder.InputFile]) -> None:
         """Unless the process that held the lock before has done it."""
-        reason = records.reason_to_rebuild(path, source)
-        if reason:
-            print(f"{path}: building ({reason})")
-            samples = self.samples(self.files[split])
-            bar = tqdm(samples, unit=" samples", desc=split, disable=None)
-            records.write_records(path, bar, source)
-
-    def record_files(self) -> dict[str, records.RecordFile]:
-        """The record file of every split that has files, built now if anything changed."""
-        paths = {split: self.make_dataset_with_args(split) for split in self.files}
-        return {split: records.RecordFile(path) for split, path in paths.items() if path}
-
-    def samples(self, files: list[str]) -> Iterator[strategies.Sample]:
-        """One sample a round, with the earlier rounds in its prompt."""
-        samples = corpus.build_samples(
-            corpus.read_paragraphs(files),
-            self.tokenizer,
-            max_seq_length=self.train.max_seq_length,
-            ensure_answer_min_length=self.data.ensure_answer_min_length,
+        reason = builder.reason_to_rebuild(folder, files, self._source())
+        if not reason:
+            return
+        forms = sorted({file.form for file in files})
+        print(f"{folder}: building ({reason}) from {len(files)} files, format {', '.join(forms)}")
+        builder.build_records(
+            folder,
+            files,
+            self.plan,
+            self._source(),
+            num_workers=self.data.num_process_worker or os.cpu_count() or 1,
+            max_rejected=self.data.max_rejected,
         )
-        return (sample for _, _, sample in samples)
 
-    def _source(self, files: list[str]) -> dict:
+    def record_folders(self) -> dict[str, records.RecordFolder]:
+        """The records of every split that has files, built now if anything changed."""
+        paths = {split: self.make_dataset_with_args(split) for split in self.files}
+        return {split: records.RecordFolder(path) for split, path in paths.items() if path}
+
+    def _source(self) -> dict:
+        rules = self.plan.rules
         return {
-            "data": {path: records.file_hash(path) for path in files},
-            "tokenizer": records.file_hash(self.tokenizer.vocab_file),
+            "tokenizer": builder.file_hash(self.tokenizer.vocab_file),
             "template": TEMPLATE_VERSION,
-            "max_seq_length": self.train.max_seq_length,
-            "strategy": [self.data.strategy, self.data.ensure_answer_min_length],
+            "max_seq_length": rules.max_seq_length,
+            "strategy": [rules.strategy, rules.ensure_answer_min_length, rules.sliding_size,
+                         rules.p, self.train.seed if rules.p < 0 else None],
             "strategy version": strategies.VERSION,
-        }
+            "data_backend": self.plan.backend,
+        }  # fmt: skip
 
 
 def _summary(counts: records.Counts) -> str:
-    return (
+    said = (
         f"{counts.samples:,} samples, {counts.tokens:,} tokens ({counts.learned_tokens:,} learned),"
         f" longest {counts.longest}, {counts.prompts_cut} prompts and {counts.answers_cut} answers"
         " cut"
     )
+    if counts.rounds_in_windows:
+        said += f", {counts.rounds_in_windows} rounds cut into windows"
+    return said + (f", {counts.rejected} bad records left out" if counts.rejected else "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

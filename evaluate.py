@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from chatglm.command_line import parse_settings, run_script
-from chatglm.corpus import Rounds, expand_files, read_paragraphs
+from chatglm.corpus import expand_files, read_paragraphs
 from chatglm.errors import ToolkitError
 from chatglm.evaluation import build_examples, check_lengths, mean_loss, predict, summarize
 from chatglm.files import written_aside
+from chatglm.formats import Rounds
 from chatglm.settings import DataSettings, at_least
 from chatglm.tuning.adapters import plain_model
 from models import load_for_inference

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     helper = DataHelper(settings)
     settings = resolve_settings(settings, helper.config)
-    data = TrainingData(helper.record_files(), pad_token_id=helper.config.pad_token_id)
+    data = TrainingData(helper.record_folders(), pad_token_id=helper.config.pad_token_id)
     steps = data.total_steps(settings, world_size=cluster.world_size)
     state = find_resume(settings, data.digest())
     with explaining_memory(settings):

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .loss import IGNORE
-from .records import RecordFile
+from .records import RecordFolder
 from .strategies import Sample
 
 FILLER = -1
@@ -93,9 +93,9 @@ class BatchPlan(Sampler[list[Item]]):
 
 
 class SampleDataset(Dataset):
-    """The samples that a plan names, out of one record file or of two, one after the other."""
+    """The samples that a plan names, out of one record folder or of two, one after the other."""
 
-    def __init__(self, *records: RecordFile):
+    def __init__(self, *records: RecordFolder):
         self.records = records
 
     def __getitem__(self, items: list[Item]):

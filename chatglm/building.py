@@ -10,7 +10,7 @@ from torch import nn
 from .checkpoints import kind_of, load_prefix, read_settings_json
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
-from .files import read_json
+from .files import read_json, recover_folder
 from .model import ChatGLMForConditionalGeneration
 from .run_settings import Settings
 from .settings import EMBEDDED_CONFIG, LARGE_MODEL, ModelSettings
@@ -26,7 +26,6 @@ from .weights import (
     load_model,
     load_pretrained,
     load_tokenizer,
-    recover_folder,
 )
 
 

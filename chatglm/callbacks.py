@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import ToolkitError
+from .files import recover_folder, replace_folder
 from .guards import check_gradients
 from .run_settings import Settings
 from .sharding import is_split, whole_state
-from .weights import recover_folder, replace_folder
 
 STATE_FILE = "state.ckpt"
 RUN_FILE = "run.json"

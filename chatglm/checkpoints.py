@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import ToolkitError
-from .files import read_json
+from .files import read_json, recover_folder, replace_folder
 from .model import ChatGLMForConditionalGeneration
 from .run_settings import Settings
 from .sharding import is_split
@@ -28,8 +28,6 @@ from .tuning.prompt import PREFIX, add_prefix, prefix_state
 from .weights import (
     DTYPES,
     UNREADABLE,
-    recover_folder,
-    replace_folder,
     save_folder,
     weight_files,
 )

@@ -26,6 +26,7 @@ from .building import load_for_inference
 from .checkpoints import kind_of, save_trained
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
+from .files import replace_folder
 from .model import ChatGLMForConditionalGeneration
 from .old_base import Base, find_base, settings_of_run
 from .old_files import OldCheckpoint, read_old
@@ -49,7 +50,7 @@ from .settings import (
 )
 from .tuning.adapters import adapter_state, add_adalora, add_lora
 from .tuning.prompt import PREFIX
-from .weights import DTYPES, replace_folder
+from .weights import DTYPES
 
 PRECISIONS: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 SCRIPTS = {"adapter": "infer_lora_finetuning.py", "prefix": "infer_finetuning.py",

@@ -1,23 +1,19 @@
-"""Question/answer paragraphs from files, one JSON object a line; and the samples they make.
+"""Paragraphs from files, and the token ids that their rounds make.
 
-    {"id": 0, "paragraph": [{"q": "question", "a": "answer" or ["line", "line"]}, ...]}
-
-Every complaint names file and line. Training's records and the evaluation take their samples from
-here, so that a model is scored on what it was trained to read.
+Training's records and the evaluation take their texts from here, so that a model is scored on what
+it was trained to read.
 """
 
-import codecs
 import glob
-import json
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from .errors import ToolkitError
+from .formats import BadRecord, Rounds, parse_record
 from .prompts import build_prompt
-from .strategies import Sample, SpecialTokens, truncate
-
-Rounds = list[tuple[str, str]]
+from .sources import file_format, read_objects
 
 
 def expand_files(patterns: list[str]) -> list[str]:
@@ -40,70 +36,36 @@ def expand_files(patterns: list[str]) -> list[str]:
     return files
 
 
-def read_paragraphs(files: list[str]) -> Iterator[Rounds]:
-    """The rounds of each paragraph, as (question, answer) pairs.
+def read_paragraphs(
+    files: list[str], *, data_format: str = "auto", skip_bad: bool = False
+) -> Iterator[Rounds]:
+    """The rounds of each record, as (question, answer) pairs.
 
     Raises:
-        ToolkitError: at the first line that is not a paragraph, with file, line and reason.
+        ToolkitError: at the first bad record, with file, line and reason, unless they are skipped,
+            because the building of records counts them.
     """
     for path in files:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.removeprefix(codecs.BOM_UTF8).strip():
-                    yield _parse(line, f"{path}:{number}")
+        form = file_format(path, data_format)
+        for line, content in read_objects(path):
+            try:
+                if isinstance(content, BadRecord):
+                    raise content
+                yield parse_record(content, form)
+            except BadRecord as bad:
+                if not skip_bad:
+                    raise ToolkitError(f"{path}:{line}: {bad}") from None
 
 
-def _parse(line: bytes, where: str) -> Rounds:
-    try:
-        content = json.loads(line.decode("utf-8-sig"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # bad UTF-8, bad JSON, numbers or nesting too long
-        reason = str(error)[:200]
-        raise ToolkitError(f"{where}: not a JSON object in UTF-8 ({reason})") from None
-    rounds = content.get("paragraph") if isinstance(content, dict) else None
-    if not isinstance(rounds, list) or not rounds:
-        raise ToolkitError(f'{where}: expected {{"id": 0, "paragraph": [{{"q": ..., "a": ...}}]}}')
-    return [_parse_round(one, f"{where}: round {index}") for index, one in enumerate(rounds)]
+def encode_rounds(
+    paragraphs: Sequence[Rounds], tokenizer
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Of every round in order: its prompt, the prompt's ids, the answer's ids, both int32.
 
-
-def _parse_round(content: Any, where: str) -> tuple[str, str]:
-    if not isinstance(content, dict) or not {"q", "a"} <= content.keys():
-        raise ToolkitError(f'{where}: expected {{"q": "question", "a": "answer"}}')
-    question, answer = content["q"], content["a"]
-    if isinstance(answer, list) and all(isinstance(line, str) for line in answer):
-        answer = "\n".join(answer)
-    if not isinstance(question, str) or not isinstance(answer, str):
-        raise ToolkitError(f'{where}: "q" must be text, "a" text or a list of lines')
-    if not question.strip() or not answer.strip():
-        raise ToolkitError(f"{where}: empty question or answer")
-    if any("\ud800" <= character <= "\udfff" for character in question + answer):
-        raise ToolkitError(f"{where}: half a surrogate pair, which is no character")
-    return question, answer
-
-
-def build_samples(
-    paragraphs: Iterable[Rounds], tokenizer, *, max_seq_length: int, ensure_answer_min_length: int
-) -> Iterator[tuple[str, list[int], Sample]]:
-    """A round's prompt, the ids of its whole answer, and its sample; all rounds, in order.
-
-    The earlier rounds of the paragraph stand in the prompt. Only the sample is cut.
+    The earlier rounds of the paragraph stand in the prompt. All texts are tokenised in one call.
     """
-    special = SpecialTokens(
-        tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
-    )
-    for rounds in paragraphs:
-        prompts = [build_prompt(q, rounds[:i]) for i, (q, _) in enumerate(rounds)]
-        answers = [answer for _, answer in rounds]
-        encoded = tokenizer.encode_texts([*prompts, *answers])
-        ids = zip(prompts, encoded[: len(rounds)], encoded[len(rounds) :], strict=True)
-        for prompt, prompt_ids, answer_ids in ids:
-            sample = truncate(
-                prompt_ids,
-                answer_ids,
-                special,
-                max_seq_length=max_seq_length,
-                ensure_answer_min_length=ensure_answer_min_length,
-            )
-            yield prompt, answer_ids, sample
+    prompts = [build_prompt(q, rounds[:i]) for rounds in paragraphs
+               for i, (q, _) in enumerate(rounds)]  # fmt: skip
+    answers = [answer for rounds in paragraphs for _, answer in rounds]
+    encoded = tokenizer.encode_arrays([*prompts, *answers])
+    yield from zip(prompts, encoded[: len(prompts)], encoded[len(prompts) :], strict=True)

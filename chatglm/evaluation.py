@@ -16,13 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .batches import Item, collate
-from .corpus import Rounds, build_samples
+from .corpus import encode_rounds
 from .decoding import generate_tokens
 from .errors import ToolkitError
+from .formats import Rounds
 from .sampling import Sampling
 from .scores import mean_scores, score_answer
 from .settings import DataSettings
-from .strategies import Sample
+from .strategies import Sample, SpecialTokens, truncate
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,30 @@ class Example:
     @property
     def prompt_ids(self) -> list[int]:
         """What the model continues, [gMASK] and <sop> included."""
-        return self.sample.input_ids[: self.sample.context_length + 1]
+        return self.sample.input_ids[: self.sample.context_length + 1].tolist()
 
 
 def build_examples(
     paragraphs: Sequence[Rounds], tokenizer, *, max_seq_length: int
 ) -> list[Example]:
     """One example a round, in order."""
-    samples = build_samples(
-        paragraphs,
-        tokenizer,
-        max_seq_length=max_seq_length,
-        ensure_answer_min_length=DataSettings().ensure_answer_min_length,
+    special = SpecialTokens(
+        tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
     )
-    return [Example(prompt, tokenizer.decode(ids), sample) for prompt, ids, sample in samples]
+    return [
+        Example(
+            prompt,
+            tokenizer.decode(answer_ids.tolist()),
+            truncate(
+                prompt_ids,
+                answer_ids,
+                special,
+                max_seq_length=max_seq_length,
+                ensure_answer_min_length=DataSettings().ensure_answer_min_length,
+            ),
+        )
+        for prompt, prompt_ids, answer_ids in encode_rounds(paragraphs, tokenizer)
+    ]
 
 
 def check_lengths(examples: Sequence[Example], *, max_new_tokens: int, longest: int) -> None:

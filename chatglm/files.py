@@ -1,9 +1,10 @@
-"""Text files: written whole or not at all, and JSON objects read with one line of complaint."""
+"""Files and folders written whole or not at all; JSON objects read with one line of complaint."""
 
 import contextlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -47,3 +48,22 @@ def read_json(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ToolkitError(f"{path}: expected a JSON object")
     return content
+
+
+def replace_folder(new: str, folder: str) -> None:
+    """Put a finished folder in the place of an older one, which stands until then."""
+    old = f"{os.path.normpath(folder)}.old"
+    if os.path.exists(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: str) -> None:
+    """Mend what a kill inside `replace_folder` left: the older folder stands again, or is gone."""
+    old = f"{os.path.normpath(folder)}.old"
+    if os.path.isdir(old) and not os.path.exists(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
+            os.replace(old, folder)
+            print(f"{folder}: its replacement was cut off; the one saved before it is back")

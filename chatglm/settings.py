@@ -35,7 +35,9 @@ class TrainSettings:
     """Shape of the model without weights (null: the tiny one); with weights, a file that adds
     pre_seq_len, prefix_projection, quantization_bit or precision, such as config_ptv2.json."""
     train_file: list[str] = field(default_factory=lambda: ["./data/finetune_train_examples.json"])
-    """JSON-lines files of question/answer paragraphs to learn."""
+    """Files to learn: .json, .jsonl, either as .gz, .parquet; patterns too."""
+    data_backend: Literal["record", "lmdb"] = "record"
+    """Built samples are TFRecord files, or LMDB files, which take a fifth more room."""
     eval_file: list[str] = field(default_factory=lambda: ["./data/finetune_dev_examples.json"])
     """Files for the dev loss; an empty list turns it off."""
     mix_file: list[str] = field(default_factory=list)
@@ -144,13 +146,43 @@ class TrainSettings:
 class DataSettings:
     """How samples are cut from paragraphs (`data_conf` in data_utils.py)."""
 
-    strategy: Literal["truncation"] = "truncation"
-    """What happens to a sample longer than max_seq_length."""
+    strategy: Literal["truncation", "single_sliding", "double_sliding"] = "truncation"
+    """What happens to a sample longer than max_seq_length: truncation cuts its answer's end, then
+    the prompt's beginning; single_sliding makes several samples of it, through a window that moves
+    over prompt and answer; double_sliding too, but the prompt's end stands before every stretch of
+    the answer."""
     ensure_answer_min_length: int = 1
-    """Answer tokens that a cut leaves, at the expense of the oldest prompt tokens."""
+    """Answer tokens that truncation leaves, at the expense of the oldest prompt tokens."""
+    sliding_size: int | None = None
+    """Tokens by which a sliding window moves on; null: two thirds of max_seq_length."""
+    data_format: Literal["auto", "paragraph", "alpaca", "sharegpt", "openai"] = "auto"
+    """What the records of files look like; auto: each file's is recognised, and said."""
+    max_rejected: float = 0.01
+    """Share of bad records that is put up with; they are written to a file beside the records."""
+    num_process_worker: int | None = None
+    """Processes that build records; null: as many as there are cores."""
+    verify: bool = False
+    """Read all records, for their checksums, before anything else."""
+    p: int = 1
+    """Last tokens that a sliding window inside a long prompt learns; below 0: a number drawn for
+    each window, 0: none, only answers are learned."""
 
     def __post_init__(self):
-        at_least(self, 1, "ensure_answer_min_length")
+        at_least(self, 1, "ensure_answer_min_length", "sliding_size", "num_process_worker")
+        at_least(self, 0, "max_rejected")
+        if self.strategy == "truncation":
+            self._refuse_without_effect("sliding_size", "p")
+        else:
+            self._refuse_without_effect("ensure_answer_min_length")
+
+    def _refuse_without_effect(self, *names: str) -> None:
+        for name in names:
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                raise ToolkitError(
+                    f"{name} {value} has no effect with strategy {self.strategy}: leave it at"
+                    f" {'null' if default is None else default}, or set another strategy"
+                )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ knows, so a user who types `<eop>` would end the model's reading; the released t
 as five characters, and so does this one. Control tokens enter only as ids.
 """
 
+import inspect
 import io
 import os
 import re
@@ -21,6 +22,9 @@ VOCAB_FILE = "ice_text.model"
 NEWLINE, TAB, LONGEST_BLANK = "<n>", "<|tab|>", 80
 _SEPARATOR = "\x1e"  # ASCII record separator
 _SPACES = re.compile("  +")  # with an upper bound it is three times as slow
+_GIVES_ARRAYS = (
+    "return_type" in inspect.signature(sentencepiece.SentencePieceProcessor.Encode).parameters
+)
 _BLANK = re.compile(r"<\|blank_(\d{1,2})\|>")
 
 
@@ -38,6 +42,15 @@ def mark_whitespace(text: str) -> str:
 def _mark_run(run: re.Match) -> str:
     whole, rest = divmod(len(run.group()), LONGEST_BLANK)
     return blank_token(LONGEST_BLANK) * whole + (blank_token(rest) if rest > 1 else " " * rest)
+
+
+def _mark_all(texts: list[str]) -> list[str]:
+    """Whitespace marked in one pass over the join of all texts, in a third of the time.
+
+    Texts that hold the separator themselves go one by one.
+    """
+    marked = mark_whitespace(_SEPARATOR.join(texts)).split(_SEPARATOR)
+    return marked if len(marked) == len(texts) else [mark_whitespace(text) for text in texts]
 
 
 def unmark_whitespace(text: str) -> str:
@@ -117,15 +130,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return {self.sp_model.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def encode_texts(self, texts: list[str], *, num_threads: int = -1) -> list[list[int]]:
-        """Ids of many texts, without control tokens; the fast road of data building.
+        """Ids of many texts, without control tokens."""
+        return self.sp_model.encode(_mark_all(texts), num_threads=num_threads)
 
-        The whitespace of all texts is marked in one pass over their join, which takes a third of
-        the time of a pass a text; texts that hold the separator themselves go one by one.
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode_texts`, each text's ids as an int32 array, in one thread.
+
+        No id becomes a Python object on the way, where SentencePiece can (from 0.2.2).
         """
-        marked = mark_whitespace(_SEPARATOR.join(texts)).split(_SEPARATOR)
-        if len(marked) != len(texts):
-            marked = [mark_whitespace(text) for text in texts]
-        return self.sp_model.encode(marked, num_threads=num_threads)
+        if _GIVES_ARRAYS:
+            return self.sp_model.encode(_mark_all(texts), num_threads=1, return_type="numpy")
+        encoded = self.sp_model.encode(_mark_all(texts), num_threads=1)
+        return [np.array(ids, dtype=np.int32) for ids in encoded]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt ready for an answer: text, [gMASK], <sop>."""

@@ -17,16 +17,16 @@ from .batches import BatchPlan, SampleDataset, build_loader, longest_batch
 from .errors import ToolkitError
 from .guards import check_gradients, check_labels, check_loss, check_scale
 from .optim import build_optimizer
-from .records import RecordFile, read_manifest
+from .records import RecordFolder, read_manifest
 from .run_settings import Settings
 from .sharding import whole_gradient
 from .tuning.adapters import plain_model
 
 
 class TrainingData:
-    """The record files of a run: "train", and maybe "mix" and "dev"."""
+    """The record folders of a run: "train", and maybe "mix" and "dev"."""
 
-    def __init__(self, records: dict[str, RecordFile], *, pad_token_id: int):
+    def __init__(self, records: dict[str, RecordFolder], *, pad_token_id: int):
         self.records, self.pad_token_id = records, pad_token_id
         self.to_train = [records[split] for split in ("train", "mix") if split in records]
         lengths = [r.lengths() for r in self.to_train]

@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
+from .files import recover_folder, replace_folder
 from .model import ChatGLMForConditionalGeneration
 from .quantization.bnb import bitsandbytes_config, settle_nf4
 from .quantization.linear import quantize_blocks
@@ -323,22 +324,3 @@ def _no_bar() -> Iterator[None]:
         yield
     finally:
         hf_logging.enable_progress_bar()
-
-
-def replace_folder(new: str, folder: str) -> None:
-    """Put a finished folder in the place of an older one, which stands until then."""
-    old = f"{os.path.normpath(folder)}.old"
-    if os.path.exists(folder):
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder: str) -> None:
-    """Mend what a kill inside `replace_folder` left: the older folder stands again, or is gone."""
-    old = f"{os.path.normpath(folder)}.old"
-    if os.path.isdir(old) and not os.path.exists(folder):
-        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
-            os.replace(old, folder)
-            print(f"{folder}: its replacement was cut off; the one saved before it is back")

@@ -88,8 +88,8 @@ def test_nothing_is_learned_up_to_sop_nor_on_pads():
         length, first = len(one.input_ids), one.context_length + 1
         assert ids[first - 1] == SOP and ids[one.context_length - 1] == GMASK
         assert (labels[:first] == -100).all() and (labels[length:] == -100).all()
-        assert labels[first:length].tolist() == one.input_ids[first:]
-        assert ids[:length].tolist() == one.input_ids and (ids[length:] == PAD).all()
+        assert labels[first:length].tolist() == one.input_ids[first:].tolist()
+        assert ids[:length].tolist() == one.input_ids.tolist() and (ids[length:] == PAD).all()
 
 
 def test_positions_indices_and_counts_are_those_of_the_samples():
@@ -118,7 +118,7 @@ def test_an_answer_may_hold_the_pad_id():
 
 def test_a_filler_is_read_but_not_learned():
     batch = collate(SampleDataset(SAMPLES)[[Item(FILLER, 5.0)]], pad_token_id=PAD)
-    assert batch["input_ids"].tolist() == [SAMPLES[0].input_ids]
+    assert batch["input_ids"].tolist() == [SAMPLES[0].input_ids.tolist()]
     assert (batch["labels"] == -100).all() and int(batch["learned_tokens"]) == 0
     assert batch["sample_index"].tolist() == [FILLER]
 
@@ -292,6 +292,6 @@ def test_the_samples_of_two_files_follow_one_another(tmp_path):
     for batch in build_loader(dataset, one, pad_token_id=PAD):
         for index, ids in zip(batch["sample_index"].tolist(), batch["input_ids"], strict=True):
             seen[index] = ids[: len(SAMPLES[index].input_ids)].tolist()
-    assert seen == {index: one.input_ids for index, one in enumerate(SAMPLES[:5])}
+    assert seen == {index: one.input_ids.tolist() for index, one in enumerate(SAMPLES[:5])}
     with pytest.raises(IndexError):
         dataset[[Item(5, 1.0)]]

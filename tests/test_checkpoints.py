@@ -13,9 +13,9 @@ import chatglm.checkpoints as checkpoints
 from chatglm.building import load_for_inference
 from chatglm.checkpoints import check_saved, kind_of, read_settings_json, save_trained
 from chatglm.errors import ToolkitError
+from chatglm.files import recover_folder, replace_folder
 from chatglm.sharding import whole_state
 from chatglm.tokenizer import ChatGLMTokenizer
-from chatglm.weights import recover_folder, replace_folder
 
 from .conftest import WEIGHTS, write_config
 from .tiny_weights import (

@@ -62,9 +62,8 @@ def build(helper):
 
 
 def parts(sample):
-    return sample.input_ids[: sample.context_length - 1], sample.input_ids[
-        sample.context_length + 1 :
-    ]
+    ids, middle = sample.input_ids.tolist(), sample.context_length
+    return ids[: middle - 1], ids[middle + 1 :]
 
 
 def test_the_first_round_is_bare_and_later_rounds_stand_in_the_template(helper):
@@ -86,7 +85,7 @@ def test_training_reads_what_chat_reads(helper):
     made = helper([rounds])
     for number, sample in enumerate(build(made)):
         asked = made.tokenizer.encode_prompt(build_prompt(rounds[number][0], rounds[:number]))
-        assert sample.input_ids[: sample.context_length + 1] == asked
+        assert sample.input_ids[: sample.context_length + 1].tolist() == asked
 
 
 @pytest.mark.parametrize("forged", CONTROL)

@@ -337,13 +337,13 @@ def test_an_error_is_told_once_on_a_terminal(failing, tmp_path, command):
 )
 def test_an_interrupted_run_of_two_processes_saves_what_it_learned(number, send, tmp_path, command):
     last, log = tmp_path / "saved" / "last", tmp_path / "log"
-    settings = {"save_every_steps": 1, "max_epochs": 1000, "rank_timeout_seconds": 5}
+    settings = {"save_every_steps": 1, "max_epochs": 1000, "rank_timeout_seconds": 15}
     process = start(command(tmp_path / "saved", devices=2, **settings), log)
     try:
         wait_for(tmp_path / "saved" / "resume", process)
         shutil.rmtree(last, ignore_errors=True)
         send(process.pid, number)
-        assert codes([process], within_seconds=20) == [1]
+        assert codes([process], within_seconds=40) == [1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
