@@ -210,9 +210,8 @@ class DataHelper:
         found = records.RecordFolder(folder)
         print(f"{folder}: {_summary(records.Counts.from_json(found.manifest['counts']))}")
         if self.data.verify:
-            for _ in tqdm(
-                found.verify(), desc=f"verifying {split}", total=len(found), disable=None
-            ):
+            bar = tqdm(found.verify(), f"verifying {split}", total=len(found), disable=None)
+            for _ in bar:
                 pass
             print(f"{folder}: every sample has its checksum")
         return folder

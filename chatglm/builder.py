@@ -154,9 +154,8 @@ class _Rejected:
         self.file, self.first = file, ""
 
     def add(self, path: str, line: int, reason: str, record: Any) -> None:
-        shown = (
-            record.decode(errors="replace").strip() if isinstance(record, bytes) else repr(record)
-        )
+        is_text = isinstance(record, bytes)
+        shown = record.decode(errors="replace").strip() if is_text else repr(record)
         fault = {"file": path, "line": line, "reason": reason, "record": shown[:SHOWN_CHARACTERS]}
         self.file.write(json.dumps(fault, ensure_ascii=False) + "\n")
         self.first = self.first or f"{path}:{line}: {reason}"
@@ -414,16 +413,14 @@ def reason_to_rebuild(folder: str, files: list[InputFile], source: dict[str, Any
         if manifest["source"].get(key) != source[key]:
             return f"{key} changed"
     known = {state["path"]: state for state in manifest["files"]}
+    hashes = manifest["source"]["data"]
     if list(known) != [file.path for file in files]:
         return "data changed"
     for file in files:
         state = file.state()
         if state["form"] != known[file.path]["form"]:
             return "data changed"
-        if (
-            state != known[file.path]
-            and file_hash(file.path) != manifest["source"]["data"][file.path]
-        ):
+        if state != known[file.path] and file_hash(file.path) != hashes[file.path]:
             return "data changed"
     try:
         RecordFolder(folder)

@@ -6,9 +6,9 @@
                  lengths.png      how long they are
 
 A sample is int32, little-endian: the context length, then the token ids, unpadded, with a CRC-32C.
-Two kinds of shard: TFRecord files, and LMDB files, which take about a fifth more room. TFRecords are
-framed here and not by the `tfrecords` package: its reader copies the file's buffer at every seek,
-for a thousand samples a second in random order, where a mapped file gives some hundred thousand.
+Two kinds of shard: TFRecord files, and LMDB files, which take a fifth more room. TFRecords are
+framed here and not by the `tfrecords` package, whose reader fills a buffer anew at every seek: it
+gives a thousand samples a second in random order, a mapped file some hundred thousand.
 """
 
 import bisect
@@ -86,7 +86,7 @@ class Counts:
 
 
 def _masked_crc(data: bytes) -> int:
-    """The CRC-32C of a TFRecord, rotated and shifted as TensorFlow's core/lib/hash/crc32c.h says."""
+    """The CRC-32C of a TFRecord, masked as in TensorFlow's core/lib/hash/crc32c.h."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -220,15 +220,16 @@ class RecordFolder:
     def __init__(self, folder: str):
         self.path, self.manifest = folder, read_manifest(folder)
         self.shards = self.manifest["shards"]
-        for name, size in [("index.npy", self.manifest["index_bytes"]),
-                           *((shard["name"], shard["bytes"]) for shard in self.shards)]:  # fmt: skip
-            self._check_size(os.path.join(folder, name), size)
+        self._check_size("index.npy", self.manifest["index_bytes"])
+        for shard in self.shards:
+            self._check_size(shard["name"], shard["bytes"])
         # As a plain array: every access to a memmap costs a microsecond.
         self.index = np.asarray(np.load(os.path.join(folder, "index.npy"), mmap_mode="r"))
         self.starts = list(itertools.accumulate((s["samples"] for s in self.shards), initial=0))
         self._sources: dict[int, _RecordSource | _LmdbSource] = {}
 
-    def _check_size(self, path: str, expected: int) -> None:
+    def _check_size(self, name: str, expected: int) -> None:
+        path = os.path.join(self.path, name)
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != expected:
             raise ToolkitError(

@@ -61,7 +61,8 @@ def leave_out_shared_memory() -> None:
     DeepSpeed would compile a reduction over shared memory at its first run, which takes a minute
     and a C++ compiler, and a kill meanwhile leaves a lock that every later run waits on for ever.
     """
-    communication = import_module("deepspeed.comm.torch")  # not the name torch in deepspeed.comm
+    # Not the name torch in deepspeed.comm.
+    communication: Any = import_module("deepspeed.comm.torch")
     communication.build_shm_op = lambda: None
 
 
