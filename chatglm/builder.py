@@ -3,9 +3,10 @@
 The input is cut into blocks of about BLOCK_BYTES, in order, whoever builds them; a block becomes a
 shard in one process. So the same bytes come out for any number of processes, a restart after a kill
 goes on with the shards that are missing, and the memory taken is that of a few blocks. A shard is
-done when its note (counts, size, hash) stands beside it; the notes become the manifest.
+done when its note (counts and size) stands beside it; the notes become the manifest.
 """
 
+import gc
 import hashlib
 import itertools
 import json
@@ -41,13 +42,14 @@ from .records import (
     read_manifest,
 )
 from .sources import kind_of_file, parquet_groups, parse_json, read_parquet, read_raw
-from .strategies import CutRules, SpecialTokens, cut
+from .strategies import CutRules, SpecialTokens, cut, whole
 from .tokenizer import ChatGLMTokenizer
 
 BLOCK_BYTES = 16 << 20
 """Of input that become one shard."""
 RECORDS_TOGETHER = 512
 """Records whose texts are tokenised in one call."""
+ID_BYTES = 4
 SHOWN_CHARACTERS = 2000
 """Of a bad record, in the file of rejected ones."""
 ENOUGH_TO_JUDGE = 1000
@@ -129,7 +131,6 @@ class Note:
 
     name: str
     bytes: int
-    sha256: str
     counts: Counts
     first_rejected: str
 
@@ -179,24 +180,30 @@ class ShardBuilder:
         ):
             rejected = _Rejected(file)
             self._write(block, writer, counts, rejected)
-        writer.index().tofile(f"{stem}.index")
-        note = Note(
-            os.path.basename(path), os.path.getsize(path), file_hash(path), counts, rejected.first
-        )
+        index = writer.index()
+        index.tofile(f"{stem}.index")
+        counts.add_lengths(index)
+        note = Note(os.path.basename(path), os.path.getsize(path), counts, rejected.first)
         note.save(f"{stem}.json")
         return note
 
     def _write(
         self, block: Block, writer: ShardWriter, counts: Counts, rejected: _Rejected
     ) -> None:
+        rules, special = self.plan.rules, self.plan.special
+        room = rules.room * ID_BYTES
         generator = np.random.default_rng((self.plan.seed, block.number))
         accepted = self._accepted(block, counts, rejected)
         while paragraphs := list(itertools.islice(accepted, RECORDS_TOGETHER)):
             for _, prompt, answer in encode_rounds(paragraphs, self.tokenizer):
                 counts.rounds += 1
-                for sample in cut(prompt, answer, self.plan.special, self.plan.rules, generator):
+                if len(prompt) + len(answer) <= room:  # most do, and are spared the arrays
+                    writer.write_ids(len(prompt) // ID_BYTES + 1, whole(prompt, answer, special))
+                    continue
+                ids, learned = (np.frombuffer(part, dtype=np.int32) for part in (prompt, answer))
+                for sample in cut(ids, learned, special, rules, generator):
                     writer.write(sample)
-                    counts.add(sample)
+                    counts.add_cuts(sample)
 
     def _accepted(self, block: Block, counts: Counts, rejected: _Rejected) -> Iterator[Rounds]:
         for line, record, content in block.records():
@@ -225,6 +232,9 @@ _builder: ShardBuilder
 def _start_worker(plan: BuildPlan, folder: str) -> None:
     global _builder
     _builder = ShardBuilder(plan, folder)
+    gc.set_threshold(
+        100_000
+    )  # records are no cycles, but so many that they set it off all the time
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -389,9 +399,11 @@ def _finish(part: str, notes: list[Note], total: Counts, *, plan, source, states
         "backend": plan.backend,
         "counts": total.as_json(),
         "index_bytes": os.path.getsize(index),
-        "shards": [{"name": note.name, "samples": note.counts.samples, "bytes": note.bytes,
-                    "sha256": note.sha256} for note in notes],
-    }  # fmt: skip
+        "shards": [
+            {"name": note.name, "samples": note.counts.samples, "bytes": note.bytes}
+            for note in notes
+        ],
+    }
     with written_aside(manifest_path(part)) as file:
         json.dump(manifest, file, ensure_ascii=False, indent=1)
     for note in notes:

@@ -8,8 +8,6 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from .errors import ToolkitError
 from .formats import BadRecord, Rounds, parse_record
 from .prompts import build_prompt
@@ -57,15 +55,13 @@ def read_paragraphs(
                     raise ToolkitError(f"{path}:{line}: {bad}") from None
 
 
-def encode_rounds(
-    paragraphs: Sequence[Rounds], tokenizer
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of every round in order: its prompt, the prompt's ids, the answer's ids, both int32.
+def encode_rounds(paragraphs: Sequence[Rounds], tokenizer) -> Iterator[tuple[str, bytes, bytes]]:
+    """Of every round in order: its prompt, and the ids of prompt and answer, bytes of int32.
 
     The earlier rounds of the paragraph stand in the prompt. All texts are tokenised in one call.
     """
     prompts = [build_prompt(q, rounds[:i]) for rounds in paragraphs
                for i, (q, _) in enumerate(rounds)]  # fmt: skip
     answers = [answer for rounds in paragraphs for _, answer in rounds]
-    encoded = tokenizer.encode_arrays([*prompts, *answers])
+    encoded = tokenizer.encode_bytes([*prompts, *answers])
     yield from zip(prompts, encoded[: len(prompts)], encoded[len(prompts) :], strict=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -50,16 +51,16 @@ def build_examples(
     return [
         Example(
             prompt,
-            tokenizer.decode(answer_ids.tolist()),
+            tokenizer.decode(np.frombuffer(answer, dtype=np.int32).tolist()),
             truncate(
-                prompt_ids,
-                answer_ids,
+                np.frombuffer(question, dtype=np.int32),
+                np.frombuffer(answer, dtype=np.int32),
                 special,
                 max_seq_length=max_seq_length,
                 ensure_answer_min_length=DataSettings().ensure_answer_min_length,
             ),
         )
-        for prompt, prompt_ids, answer_ids in encode_rounds(paragraphs, tokenizer)
+        for prompt, question, answer in encode_rounds(paragraphs, tokenizer)
     ]
 
 

@@ -167,6 +167,8 @@ def _system_of(record: dict) -> str:
 
 
 def _after_system(systems: list[str], rounds: Rounds) -> Rounds:
+    if not any(systems):
+        return rounds
     question, answer = rounds[0]
     return [("\n".join([*filter(None, systems), question]), answer), *rounds[1:]]
 
@@ -184,14 +186,11 @@ def _checked_if_any(text: Any, where: str) -> str:
 
 
 def _checked(text: Any, where: str) -> str:
+    """A text with something in it; neither orjson nor pyarrow gives one that is no Unicode."""
     if not isinstance(text, str):
         raise BadRecord(f"{where} must be text, not {type(text).__name__}")
-    if not text.strip():
+    if not text or text.isspace():
         raise BadRecord(f"{where} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRecord(f"{where}: half a surrogate pair, which is no character") from None
     return text
 
 

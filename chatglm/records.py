@@ -16,6 +16,7 @@ import itertools
 import mmap
 import os
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,6 +35,7 @@ SUFFIXES: dict[str, str] = {"record": ".record", "lmdb": ".lmdb"}
 INDEX = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("context", "<u4"), ("file", "<u4")])
 """offset: the byte of a TFRecord, or the number of an LMDB entry, within the shard. file: the place
 of the input file in the manifest."""
+_INT32, _UINT32 = struct.Struct("<i"), struct.Struct("<I")
 HEADER, FOOTER = 12, 4  # of a TFRecord: length and its CRC; the CRC of the data
 BUILD = "build the records anew: delete {folder} and run python data_utils.py"
 
@@ -55,17 +57,22 @@ class Counts:
     lengths: dict[int, int] = field(default_factory=dict)
     """How many samples have so many tokens."""
 
-    def add(self, sample: Sample) -> None:
-        """Count one sample."""
-        tokens = len(sample.input_ids)
-        self.samples += 1
+    def add_cuts(self, sample: Sample) -> None:
+        """Count what was cut from a sample."""
         self.rounds_in_windows += sample.window == 1
-        self.tokens += tokens
-        self.learned_tokens += tokens - sample.context_length - 1
         self.prompts_cut += sample.prompt_cut
         self.answers_cut += sample.answer_cut
-        self.longest = max(self.longest, tokens)
-        self.lengths[tokens] = self.lengths.get(tokens, 0) + 1
+
+    def add_lengths(self, index: np.ndarray) -> None:
+        """Count the samples of an index, INDEX."""
+        tokens = index["tokens"]
+        self.samples += len(index)
+        self.tokens += int(tokens.sum())
+        self.learned_tokens += int((tokens - index["context"] - 1).sum())
+        self.longest = max(self.longest, int(tokens.max(initial=0)))
+        found = zip(*(part.tolist() for part in np.unique(tokens, return_counts=True)), strict=True)
+        for length, number in found:
+            self.lengths[length] = self.lengths.get(length, 0) + number
 
     def merge(self, other: "Counts") -> None:
         """Add those of another shard."""
@@ -94,7 +101,7 @@ def _masked_crc(data: bytes) -> int:
 @lru_cache(maxsize=65536)
 def _record_header(length: int) -> bytes:
     number = struct.pack("<Q", length)
-    return number + struct.pack("<I", _masked_crc(number))
+    return number + _UINT32.pack(_masked_crc(number))
 
 
 class ShardWriter:
@@ -102,19 +109,26 @@ class ShardWriter:
 
     def __init__(self, path: str, *, backend: Backend, file: int = 0):
         self.path, self.file = path, file
-        self.rows: list[tuple[int, int, int, int]] = []
+        self._offsets, self._tokens, self._contexts = array("Q"), array("I"), array("I")
         self._target = _RecordTarget(path) if backend == "record" else _LmdbTarget(path)
 
     def write(self, sample: Sample) -> None:
         """Append a sample."""
-        ids = sample.input_ids
-        data = struct.pack("<i", sample.context_length) + ids.astype("<i4", copy=False).tobytes()
-        offset = self._target.write(data)
-        self.rows.append((offset, len(ids), sample.context_length, self.file))
+        self.write_ids(sample.context_length, sample.input_ids.tobytes())
+
+    def write_ids(self, context_length: int, ids: bytes) -> None:
+        """Append a sample by the bytes of its int32 ids."""
+        data = _INT32.pack(context_length) + ids
+        self._offsets.append(self._target.write(data))
+        self._tokens.append(len(data) // 4 - 1)
+        self._contexts.append(context_length)
 
     def index(self) -> np.ndarray:
         """The rows of the samples written so far, INDEX."""
-        return np.array(self.rows, dtype=INDEX)
+        index = np.zeros(len(self._offsets), dtype=INDEX)
+        index["offset"], index["tokens"] = self._offsets, self._tokens
+        index["context"], index["file"] = self._contexts, self.file
+        return index
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -129,8 +143,7 @@ class _RecordTarget:
 
     def write(self, data: bytes) -> int:
         offset = self.offset
-        crc = struct.pack("<I", _masked_crc(data))
-        self.file.write(_record_header(len(data)) + data + crc)
+        self.file.write(_record_header(len(data)) + data + _UINT32.pack(_masked_crc(data)))
         self.offset += HEADER + len(data) + FOOTER
         return offset
 
@@ -150,7 +163,7 @@ class _LmdbTarget:
 
     def write(self, data: bytes) -> int:
         number = self.number
-        crc = struct.pack("<I", google_crc32c.value(data))
+        crc = _UINT32.pack(google_crc32c.value(data))
         self.transaction.put(number.to_bytes(4, "big"), data + crc, append=True)
         self.number += 1
         return number
@@ -172,7 +185,7 @@ class _RecordSource:
         data = self.map[start : start + length]
         crc = self.map[start + length : start + length + FOOTER]
         header = self.map[offset:start]
-        good = header == _record_header(length) and crc == struct.pack("<I", _masked_crc(data))
+        good = header == _record_header(length) and crc == _UINT32.pack(_masked_crc(data))
         return data if good else None
 
 
@@ -185,7 +198,7 @@ class _LmdbSource:
         """The data of the sample, or None where it is damaged."""
         stored = self.transaction.get(offset.to_bytes(4, "big")) or b""
         data, crc = stored[:-4], stored[-4:]
-        good = len(data) == 4 * (tokens + 1) and crc == struct.pack("<I", google_crc32c.value(data))
+        good = len(data) == 4 * (tokens + 1) and crc == _UINT32.pack(google_crc32c.value(data))
         return data if good else None
 
 

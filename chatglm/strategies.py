@@ -44,6 +44,11 @@ class SpecialTokens:
         return np.array([self.eos], dtype=_INT32)
 
     @cached_property
+    def as_bytes(self) -> tuple[bytes, bytes]:
+        """Opening and ending."""
+        return self.opening.tobytes(), self.ending.tobytes()
+
+    @cached_property
     def no_ending(self) -> np.ndarray:
         """What a cut answer ends with."""
         return np.array([], dtype=_INT32)
@@ -146,6 +151,12 @@ def cut(
             ensure_answer_min_length=rules.ensure_answer_min_length,
         )
     ]
+
+
+def whole(prompt: bytes, answer: bytes, special: SpecialTokens) -> bytes:
+    """The ids of a sample with nothing cut, out of the bytes of int32 ids."""
+    opening, ending = special.as_bytes
+    return b"".join((prompt, opening, answer, ending))
 
 
 def truncate(

@@ -5,11 +5,11 @@ knows, so a user who types `<eop>` would end the model's reading; the released t
 as five characters, and so does this one. Control tokens enter only as ids.
 """
 
-import inspect
 import io
 import os
 import re
 import shutil
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -22,9 +22,8 @@ VOCAB_FILE = "ice_text.model"
 NEWLINE, TAB, LONGEST_BLANK = "<n>", "<|tab|>", 80
 _SEPARATOR = "\x1e"  # ASCII record separator
 _SPACES = re.compile("  +")  # with an upper bound it is three times as slow
-_GIVES_ARRAYS = (
-    "return_type" in inspect.signature(sentencepiece.SentencePieceProcessor.Encode).parameters
-)
+_PLAIN = (False, -1, 0.1, False, False, False)
+"""Of SentencePiece's arguments: no sampling, nbest_size, alpha; no bos, no eos, not reversed."""
 _BLANK = re.compile(r"<\|blank_(\d{1,2})\|>")
 
 
@@ -133,15 +132,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Ids of many texts, without control tokens."""
         return self.sp_model.encode(_mark_all(texts), num_threads=num_threads)
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode_texts`, each text's ids as an int32 array, in one thread.
+    def encode_bytes(self, texts: list[str]) -> list[bytes]:
+        """As `encode_texts` in one thread, each text's ids as the bytes of an int32 array.
 
-        No id becomes a Python object on the way, where SentencePiece can (from 0.2.2).
+        For the building of records, where ids need not become Python objects. SentencePiece has
+        them as bytes, but makes arrays of them before it hands them out, at a seventh of the time.
         """
-        if _GIVES_ARRAYS:
-            return self.sp_model.encode(_mark_all(texts), num_threads=1, return_type="numpy")
-        encoded = self.sp_model.encode(_mark_all(texts), num_threads=1)
-        return [np.array(ids, dtype=np.int32) for ids in encoded]
+        marked = _mark_all(texts)
+        processor: Any = getattr(self.sp_model, "_processor", None)
+        if hasattr(processor, "_EncodeAsBufferBatch"):
+            return list(map(bytes, processor._EncodeAsBufferBatch(marked, 1, None, *_PLAIN)))
+        encoded = self.sp_model.encode(marked, num_threads=1)
+        return [np.array(ids, dtype=np.int32).tobytes() for ids in encoded]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt ready for an answer: text, [gMASK], <sop>."""
