@@ -257,8 +257,11 @@ class RecordFolder:
         """A sample.
 
         Raises:
+            IndexError: beyond the last one.
             ToolkitError: if it is damaged, with shard and offset.
         """
+        if not 0 <= number < len(self):
+            raise IndexError(number)
         shard = bisect.bisect_right(self.starts, number) - 1
         offset, tokens, context, _ = self.index[number].item()
         source = self._sources.get(shard) or self._open(shard)

@@ -19,8 +19,10 @@ from chatglm.batches import (
 )
 from chatglm.configuration import ChatGLMConfig
 from chatglm.model import ChatGLMForConditionalGeneration
-from chatglm.records import RecordFile, write_records
+from chatglm.records import RecordFolder
 from chatglm.strategies import Sample, SpecialTokens, truncate
+
+from .tiny_records import write_folder
 
 PAD, GMASK, SOP, EOP = 3, 6, 7, 8
 LENGTHS = ((4, 3), (0, 5), (9, 1), (2, 8), (1, 2), (3, 9), (5, 1), (2, 4), (7, 6), (1, 1), (0, 7))
@@ -283,11 +285,10 @@ def test_too_few_samples_to_mix_in_come_more_than_once():
 
 
 def test_the_samples_of_two_files_follow_one_another(tmp_path):
-    paths = [str(tmp_path / name) for name in ("own.record", "mix.record")]
-    write_records(paths[0], SAMPLES[:3], {})
-    write_records(paths[1], SAMPLES[3:5], {})
+    parts = {"own": SAMPLES[:3], "mix": SAMPLES[3:5]}
+    paths = [write_folder(tmp_path / name, samples) for name, samples in parts.items()]
     one = BatchPlan(LEARNED[:5], batch_size=2, shuffle_seed=1, num_mixed=2, mix_ratio=0.4)
-    dataset = SampleDataset(*(RecordFile(path) for path in paths))
+    dataset = SampleDataset(*(RecordFolder(path) for path in paths))
     seen = {}
     for batch in build_loader(dataset, one, pad_token_id=PAD):
         for index, ids in zip(batch["sample_index"].tolist(), batch["input_ids"], strict=True):

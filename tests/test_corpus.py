@@ -39,7 +39,7 @@ def write(tmp_path):
         b'{"paragraph": [{"a": "x"}]}',
         b'{"paragraph": [{"q": 1, "a": "x"}]}',
         b'{"paragraph": [{"q": "x", "a": 1}]}',
-        b'{"paragraph": [{"q": ["x"], "a": "x"}]}',
+        b'{"paragraph": [{"q": ["x", 2], "a": "x"}]}',
         b'{"paragraph": [{"q": "x", "a": ["y", 1]}]}',
         b'{"paragraph": [{"q": "x", "a": []}]}',
         b'{"paragraph": [{"q": "x", "a": null}]}',

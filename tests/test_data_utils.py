@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from chatglm.builder import InputFile
 from chatglm.errors import ToolkitError
 from chatglm.prompts import build_prompt
-from chatglm.records import RecordFile
+from chatglm.records import RecordFolder
 from chatglm.run_settings import Settings
 from chatglm.settings import (
     AdaLoraSettings,
@@ -57,7 +58,7 @@ def make_helper(folder, train, dev, **settings):
 
 
 def build(helper):
-    records = RecordFile(helper.make_dataset_with_args("train"))
+    records = RecordFolder(helper.make_dataset_with_args("train"))
     return [records[index] for index in range(len(records))]
 
 
@@ -148,8 +149,8 @@ def test_a_split_without_files_gives_no_records(helper):
 def test_mixed_in_files_are_records_of_their_own(helper, tmp_path):
     made = helper([[("你好", "你好！")]], mix_file=[str(tmp_path / "data.json")], mix_ratio=0.5)
     paths = [made.make_dataset_with_args(split) for split in ("train", "mix")]
-    assert [Path(path).name for path in paths] == ["train.record", "mix.record"]
-    assert [len(RecordFile(path)) for path in paths] == [1, 1]
+    assert [Path(path).name for path in paths] == ["train", "mix"]
+    assert [len(RecordFolder(path)) for path in paths] == [1, 1]
 
 
 def test_weights_that_are_named_bring_their_own_tokenizer(tmp_path, write_checkpoint, vocabulary):
@@ -165,7 +166,7 @@ def test_weights_that_are_named_bring_their_own_tokenizer(tmp_path, write_checkp
 def test_an_empty_file_is_refused_each_time(helper, tmp_path):
     made = helper([[("你好", "你好！")]])
     (tmp_path / "empty.json").write_text("\n")
-    made.files["dev"] = [str(tmp_path / "empty.json")]
+    made.files["dev"] = [InputFile(str(tmp_path / "empty.json"), "paragraph")]
     for _ in range(2):
         with pytest.raises(ToolkitError, match=r"empty\.json"):
             made.make_dataset_with_args("dev")

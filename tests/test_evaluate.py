@@ -19,7 +19,7 @@ from chatglm.errors import ToolkitError
 from chatglm.evaluation import build_examples, mean_loss
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.prompts import build_prompt
-from chatglm.records import RecordFile
+from chatglm.records import RecordFolder
 from chatglm.scores import METRICS, mean_scores
 from chatglm.tokenizer import train_tokenizer
 from chatglm.training import ChatGLMTraining, TrainingData
@@ -137,7 +137,7 @@ def test_the_perplexity_is_e_to_the_dev_loss_of_training(run, checkpoint, tmp_pa
     flags |= {name: json.dumps([str(folder / "dev.json")]) for name in ("train_file", "eval_file")}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     settings, _ = read_settings(arguments, description="")
-    records = RecordFile(DataHelper(settings).make_dataset_with_args("dev"))
+    records = RecordFolder(DataHelper(settings).make_dataset_with_args("dev"))
     data = TrainingData({"train": records, "dev": records}, pad_token_id=3)
     model, _ = load_pretrained(checkpoint, device="cpu")
     trainer = lightning.Trainer(

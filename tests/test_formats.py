@@ -128,8 +128,8 @@ def test_a_conversation_in_parquet_has_null_for_what_is_missing():
 
 
 @pytest.mark.parametrize("place", EVERY_WAY)
-@pytest.mark.parametrize("text", ["", " \n", "\u3000", None, 1, {}, "\ud83d", ["\udc00"]])
-def test_every_text_is_there_and_made_of_characters(place, text):
+@pytest.mark.parametrize("text", ["", " \n", "\u3000", None, 1, {}, [1]])
+def test_every_text_is_there_and_is_text(place, text):
     with pytest.raises(BadRecord) as caught:
         EVERY_WAY[place](text)
     assert "\n" not in str(caught.value)
@@ -140,8 +140,8 @@ def test_a_text_that_may_be_missing_may_be_blank_but_is_a_text(place):
     for text in ("", " \n", None):
         assert OPTIONAL[place](text) == [("问", "答")]
     assert "规则" in OPTIONAL[place]("规则")[0][0]
-    for text in (1, {}, "\ud83d"):
-        with pytest.raises(BadRecord, match=r"must be text|half a surrogate"):
+    for text in (1, {}):
+        with pytest.raises(BadRecord, match="must be text"):
             OPTIONAL[place](text)
 
 
@@ -170,7 +170,6 @@ def test_a_conversation_is_a_list_that_is_not_empty(form, key, value):
         ([{"q": "x", "a": "y"}, {"q": "x", "a": " "}], 'round 1: "a" is empty'),
         ([{"q": ["x", 1], "a": "y"}], 'round 0: "q" must be text, not list'),
         ([{"q": "x", "a": []}], 'round 0: "a" is empty'),
-        ([{"q": "x", "a": "\ud800"}], 'round 0: "a": half a surrogate pair'),
     ],
 )
 def test_a_bad_round_is_named(rounds, reason):

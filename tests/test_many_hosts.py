@@ -250,7 +250,7 @@ def test_processes_that_start_at_once_build_once(tmp_path, inputs):
     with ended([fork(build_there, argv, log, preload=PRELOAD) for log in logs]) as processes:
         assert codes(processes) == [0, 0, 0], [Path(log).read_text() for log in logs]
     said = "".join(Path(log).read_text() for log in logs)
-    assert said.count("train.record: building") == said.count("dev.record: building") == 1
+    assert said.count("train: building") == said.count("dev: building") == 1
 
 
 # Losses, errors, interrupts.

@@ -1,124 +1,147 @@
-"""Record files: what goes in comes out, and damage and change are noticed."""
+"""Records: what goes in comes out, and every kind of damage is noticed."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tfrecords
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatglm.errors import ToolkitError
-from chatglm.records import (
-    RecordFile,
-    manifest_path,
-    read_manifest,
-    reason_to_rebuild,
-    write_records,
-)
+from chatglm.records import SUFFIXES, Counts, RecordFolder, read_manifest
 from chatglm.strategies import Sample
 
+from .tiny_records import write_folder
+
 SAMPLES = [Sample([5, 6, 7, 8, 9][:n], 2) for n in (5, 3, 4)]
-SOURCE = {"data": {"f": "1"}, "tokenizer": "t", "template": "v1", "max_seq_length": 8,
-          "strategy": ["truncation", 1], "strategy version": 1}  # fmt: skip
-
-
-@pytest.fixture
-def path(tmp_path):
-    path = str(tmp_path / "deep" / "train.record")
-    write_records(path, SAMPLES, SOURCE)
-    return path
-
-
-def contents(path):
-    records = RecordFile(path)
-    return [records[index] for index in range(len(records))]
-
+BACKENDS = tuple(SUFFIXES)
+PLAIN = tfrecords.TFRecordOptions(compression_type=tfrecords.TFRecordCompressionType.NONE)
 
 ids = st.lists(st.integers(0, 2**31 - 1), min_size=3, max_size=50)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(ids, min_size=1, max_size=8))
-def test_samples_come_back_in_their_order(tmp_path, rows):
-    samples = [Sample(row, 1 + number % 2) for number, row in enumerate(rows)]
-    path = str(tmp_path / "any.record")
-    write_records(path, samples, {})
-    assert contents(path) == samples
+@pytest.fixture(params=BACKENDS)
+def folder(request, tmp_path):
+    return write_folder(tmp_path / "train", SAMPLES, backend=request.param)
 
 
-def test_the_manifest_says_source_counts_and_size(path):
-    manifest = read_manifest(path)
-    assert manifest["source"] == SOURCE
-    assert manifest["bytes"] == Path(path).stat().st_size
-    counts = manifest["counts"]
-    assert (counts["samples"], counts["tokens"], counts["longest"]) == (3, 12, 5)
-    assert counts["learned_tokens"] == 12 - 3 * 3
+def shard_of(folder):
+    return Path(folder) / read_manifest(folder)["shards"][0]["name"]
 
 
-def test_records_of_the_same_source_are_used_again(path):
-    assert reason_to_rebuild(path, json.loads(json.dumps(SOURCE))) is None
+def contents(folder):
+    found = RecordFolder(folder)
+    return [found[number] for number in range(len(found))]
 
 
-@pytest.mark.parametrize("key", SOURCE)
-def test_whatever_changed_is_the_reason_to_rebuild(path, key):
-    assert reason_to_rebuild(path, {**SOURCE, key: "other"}) == f"{key} changed"
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.lists(ids, min_size=1, max_size=5), min_size=1, max_size=4))
+def test_samples_come_back_in_their_order_over_all_shards(tmp_path_factory, backend, rows):
+    shards = [[Sample(one, 1 + len(one) % 2) for one in shard] for shard in rows]
+    folder = write_folder(tmp_path_factory.mktemp("any"), *shards, backend=backend)
+    everything = [sample for shard in shards for sample in shard]
+    assert contents(folder) == everything
+    found = RecordFolder(folder)
+    assert [found[n] for n in reversed(range(len(found)))] == everything[::-1]
+    assert list(found.verify()) == list(range(len(everything)))
+    assert found.index["file"].tolist() == [n for n, shard in enumerate(rows) for _ in shard]
 
 
-def test_missing_and_odd_files_are_reasons_to_rebuild(path):
-    assert reason_to_rebuild(f"{path}.absent", SOURCE) == "not built yet"
-    with open(path, "ab") as file:
-        file.write(b"x")
-    assert reason_to_rebuild(path, SOURCE) == "the file was changed"
-    for odd in ("{", "[]", "{}"):
-        Path(manifest_path(path)).write_text(odd)
-        assert "manifest" in reason_to_rebuild(path, SOURCE)
-    Path(manifest_path(path)).unlink()
-    assert reason_to_rebuild(path, SOURCE) == "not built yet"
+def test_lengths_are_known_without_reading(folder):
+    tokens, learned = RecordFolder(folder).lengths()
+    assert tokens.tolist() == [5, 3, 4] and learned.tolist() == [2, 0, 1]
 
 
-def test_a_flipped_byte_in_a_record_is_a_toolkit_error_naming_it(path):
-    whole = Path(path).read_bytes()
-    start = 12 + 24 + 4 + 12  # the second record's data: length, CRC, data, CRC; length, CRC
-    for offset in range(start, start + 16):
+@pytest.mark.parametrize("number", [-1, 3, 100])
+def test_a_number_beyond_the_samples_is_an_index_error(folder, number):
+    with pytest.raises(IndexError):
+        RecordFolder(folder)[number]
+
+
+def test_the_tfrecords_package_reads_what_is_written(tmp_path):
+    path = shard_of(write_folder(tmp_path / "train", SAMPLES))
+    rows = [np.frombuffer(data, "<i4").tolist()
+            for data in tfrecords.tf_record_iterator(str(path), options=PLAIN)]  # fmt: skip
+    assert rows == [[2, *sample.input_ids.tolist()] for sample in SAMPLES]
+
+
+def test_the_tfrecords_package_writes_the_same_bytes(tmp_path):
+    path = shard_of(write_folder(tmp_path / "train", SAMPLES))
+    theirs = tmp_path / "theirs"
+    with tfrecords.TFRecordWriter(str(theirs), options=PLAIN) as writer:
+        for sample in SAMPLES:
+            writer.write(np.array([2, *sample.input_ids], dtype="<i4").tobytes())
+    assert path.read_bytes() == theirs.read_bytes()
+
+
+def test_a_flipped_byte_names_shard_and_offset_and_spares_the_other_samples(tmp_path):
+    folder = write_folder(tmp_path / "train", SAMPLES)
+    path = shard_of(folder)
+    whole, second = path.read_bytes(), 12 + 24 + 4
+    for offset in range(second, second + 12 + 16 + 4):
         content = bytearray(whole)
         content[offset] ^= 1
-        Path(path).write_bytes(content)
-        records = RecordFile(path)
-        assert records[0] == SAMPLES[0] and records[2] == SAMPLES[2]
-        with pytest.raises(ToolkitError, match="record 1"):
-            records[1]
+        path.write_bytes(content)
+        found = RecordFolder(folder)
+        assert found[0] == SAMPLES[0] and found[2] == SAMPLES[2]
+        with pytest.raises(ToolkitError, match=rf"00000\.record: sample 1 at {second} is damaged"):
+            found[1]
 
 
-def test_a_flipped_byte_anywhere_is_a_toolkit_error(path):
-    whole = Path(path).read_bytes()
-    for offset in range(len(whole)):
+def test_a_flipped_byte_of_lmdb_is_a_toolkit_error_or_in_unused_room(tmp_path):
+    folder = write_folder(tmp_path / "train", SAMPLES, backend="lmdb")
+    path = shard_of(folder)
+    whole, noticed = path.read_bytes(), 0
+    for offset in range(0, len(whole), 7):
         content = bytearray(whole)
         content[offset] ^= 1
-        Path(path).write_bytes(content)
-        with pytest.raises(ToolkitError):
-            contents(path)
+        path.write_bytes(content)
+        try:
+            assert contents(folder) == SAMPLES
+        except ToolkitError as error:
+            assert "00000.lmdb" in str(error)
+            noticed += 1
+    assert noticed
 
 
-def test_a_file_cut_short_anywhere_is_a_toolkit_error(path):
-    whole = Path(path).read_bytes()
-    for length in range(len(whole)):
-        Path(path).write_bytes(whole[:length])
-        with pytest.raises(ToolkitError):
-            contents(path)
+def test_a_shard_cut_short_anywhere_is_refused_at_opening(folder):
+    path = shard_of(folder)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 1 + len(whole) // 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ToolkitError, match=f"{path.name}: {length:,} bytes of {len(whole):,}"):
+            RecordFolder(folder)
 
 
-def test_an_interrupted_write_leaves_the_old_file(path):
-    def interrupted():
-        yield Sample([1, 2, 3], 1)
-        raise RuntimeError("interrupted")
-
-    before = [Path(p).read_bytes() for p in (path, manifest_path(path))]
-    with pytest.raises(RuntimeError, match="interrupted"):
-        write_records(path, interrupted(), {**SOURCE, "tokenizer": "new"})
-    assert [Path(p).read_bytes() for p in (path, manifest_path(path))] == before
-    assert contents(path) == SAMPLES and reason_to_rebuild(path, SOURCE) is None
+@pytest.mark.parametrize("name", ["00000.record", "index.npy", "manifest.json"])
+def test_a_missing_file_says_how_to_build_anew(tmp_path, name):
+    folder = write_folder(tmp_path / "train", SAMPLES)
+    (Path(folder) / name).unlink()
+    with pytest.raises(ToolkitError, match=r"python data_utils\.py"):
+        RecordFolder(folder)
 
 
-def test_a_missing_file_says_how_to_build_it(tmp_path):
-    with pytest.raises(ToolkitError, match=r"absent\.record.*data_utils\.py"):
-        RecordFile(str(tmp_path / "absent.record"))
+@pytest.mark.parametrize("odd", ["{", "[]", "{}", '{"source": {}}'])
+def test_an_odd_manifest_is_a_toolkit_error(tmp_path, odd):
+    folder = write_folder(tmp_path / "train", SAMPLES)
+    (Path(folder) / "manifest.json").write_text(odd)
+    with pytest.raises(ToolkitError, match=r"manifest\.json"):
+        RecordFolder(folder)
+
+
+def test_counts_of_shards_add_up_and_survive_json(tmp_path):
+    cut = Sample([1, 2, 3, 4], 1, prompt_cut=True, answer_cut=True, window=1)
+    parts = [write_folder(tmp_path / str(n), s) for n, s in enumerate((SAMPLES, [cut, cut]))]
+    together = read_manifest(write_folder(tmp_path / "all", SAMPLES, [cut, cut]))["counts"]
+    total = Counts()
+    for part in parts:
+        counts = Counts.from_json(json.loads(json.dumps(read_manifest(part)["counts"])))
+        total.merge(counts)
+    assert json.loads(json.dumps(total.as_json())) == together
+    assert (total.samples, total.tokens, total.longest) == (5, 20, 5)
+    assert total.learned_tokens == 3 + 2 * 2
+    assert (total.prompts_cut, total.answers_cut, total.rounds_in_windows) == (2, 2, 2)
+    assert total.lengths == {3: 1, 4: 3, 5: 1}
