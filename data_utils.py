@@ -1,15 +1,18 @@
 """Settings to edit, and the building of training records.
 
 python data_utils.py                # build the records of train_file and eval_file
+python data_utils.py --show 3       # and print three samples of each
 python data_utils.py --help         # every setting as a flag
 """
 
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
 from tqdm import tqdm
 
 from chatglm import builder, corpus, records, strategies
@@ -24,7 +27,9 @@ from chatglm.settings import (
     LoraSettings,
     ModelSettings,
     TrainSettings,
+    at_least,
 )
+from chatglm.showing import show_sample
 from chatglm.sources import file_format
 from chatglm.tokenizer import ChatGLMTokenizer
 from models import build_tokenizer, model_switches
@@ -261,12 +266,25 @@ def _summary(counts: records.Counts) -> str:
     return said + (f", {counts.rejected} bad records left out" if counts.rejected else "")
 
 
+@dataclass(frozen=True)
+class ShowSettings:
+    """What is printed of the records."""
+
+    show: int = 0
+    """Print the first so many samples of each split: pieces, ids, what is learned, positions."""
+
+    def __post_init__(self):
+        at_least(self, 0, "show")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Build the records."""
-    settings, _ = read_settings(argv, description="Build training records.")
-    helper = DataHelper(settings)
-    for split in ("train", "mix", "dev"):
-        helper.make_dataset_with_args(split)
+    """Build the records; show some."""
+    settings, (look,) = read_settings(argv, ShowSettings, description="Build training records.")
+    helper, console = DataHelper(settings), Console()
+    for split, folder in helper.record_folders().items():
+        for number in range(min(look.show, len(folder))):
+            title = f"{split}, sample {number} of {len(folder):,}"
+            show_sample(folder[number], helper.tokenizer, console, title=title)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,15 @@ from .strategies import Sample
 
 Backend = Literal["record", "lmdb"]
 SUFFIXES: dict[str, str] = {"record": ".record", "lmdb": ".lmdb"}
-INDEX = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("context", "<u4"), ("file", "<u4")])
+INDEX = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("context", "<u4"), ("file", "<u4"),
+                  ("cuts", "<u4")])  # fmt: skip
 """offset: the byte of a TFRecord, or the number of an LMDB entry, within the shard. file: the place
-of the input file in the manifest."""
-_INT32, _UINT32 = struct.Struct("<i"), struct.Struct("<I")
+of the input file in the manifest. cuts: 1 if the prompt was cut, plus 2 if the answer was."""
+_INT32, _UINT32, _ROW = struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<QIIII")
+_IDS = np.dtype("<i4")
 HEADER, FOOTER = 12, 4  # of a TFRecord: length and its CRC; the CRC of the data
+CRC_OF_SOUND = 0x48674BC7
+"""The CRC-32C of any data with its CRC-32C behind it."""
 BUILD = "build the records anew: delete {folder} and run python data_utils.py"
 
 
@@ -109,25 +113,28 @@ class ShardWriter:
 
     def __init__(self, path: str, *, backend: Backend, file: int = 0):
         self.path, self.file = path, file
-        self._offsets, self._tokens, self._contexts = array("Q"), array("I"), array("I")
+        self._offsets, self._tokens = array("Q"), array("I")
+        self._contexts, self._cuts = array("I"), array("B")
         self._target = _RecordTarget(path) if backend == "record" else _LmdbTarget(path)
 
     def write(self, sample: Sample) -> None:
         """Append a sample."""
-        self.write_ids(sample.context_length, sample.input_ids.tobytes())
+        cuts = sample.prompt_cut + 2 * sample.answer_cut
+        self.write_ids(sample.context_length, sample.input_ids.tobytes(), cuts)
 
-    def write_ids(self, context_length: int, ids: bytes) -> None:
+    def write_ids(self, context_length: int, ids: bytes, cuts: int = 0) -> None:
         """Append a sample by the bytes of its int32 ids."""
         data = _INT32.pack(context_length) + ids
         self._offsets.append(self._target.write(data))
         self._tokens.append(len(data) // 4 - 1)
         self._contexts.append(context_length)
+        self._cuts.append(cuts)
 
     def index(self) -> np.ndarray:
         """The rows of the samples written so far, INDEX."""
         index = np.zeros(len(self._offsets), dtype=INDEX)
         index["offset"], index["tokens"] = self._offsets, self._tokens
-        index["context"], index["file"] = self._contexts, self.file
+        index["context"], index["cuts"], index["file"] = self._contexts, self._cuts, self.file
         return index
 
     def __enter__(self) -> "ShardWriter":
@@ -182,11 +189,11 @@ class _RecordSource:
     def read(self, offset: int, tokens: int) -> bytes | None:
         """The data of the sample, or None where it is damaged."""
         start, length = offset + HEADER, 4 * (tokens + 1)
-        data = self.map[start : start + length]
-        crc = self.map[start + length : start + length + FOOTER]
-        header = self.map[offset:start]
-        good = header == _record_header(length) and crc == _UINT32.pack(_masked_crc(data))
-        return data if good else None
+        stop = start + length
+        if self.map[offset:start] != _record_header(length):
+            return None
+        data, (crc,) = self.map[start:stop], _UINT32.unpack_from(self.map, stop)
+        return data if crc == _masked_crc(data) else None
 
 
 class _LmdbSource:
@@ -195,11 +202,11 @@ class _LmdbSource:
         self.transaction = environment.begin(buffers=False)
 
     def read(self, offset: int, tokens: int) -> bytes | None:
-        """The data of the sample, or None where it is damaged."""
-        stored = self.transaction.get(offset.to_bytes(4, "big")) or b""
-        data, crc = stored[:-4], stored[-4:]
-        good = len(data) == 4 * (tokens + 1) and crc == _UINT32.pack(google_crc32c.value(data))
-        return data if good else None
+        """The data of the sample and its CRC, or None where it is damaged."""
+        stored = self.transaction.get(offset.to_bytes(4, "big"))
+        if stored is None or len(stored) != 4 * (tokens + 1) + FOOTER:
+            return None
+        return stored if google_crc32c.value(stored) == CRC_OF_SOUND else None
 
 
 def manifest_path(folder: str) -> str:
@@ -236,8 +243,8 @@ class RecordFolder:
         self._check_size("index.npy", self.manifest["index_bytes"])
         for shard in self.shards:
             self._check_size(shard["name"], shard["bytes"])
-        # As a plain array: every access to a memmap costs a microsecond.
-        self.index = np.asarray(np.load(os.path.join(folder, "index.npy"), mmap_mode="r"))
+        self.index = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
+        self._rows = memoryview(self.index.view(np.uint8))  # a row of a memmap takes a microsecond
         self.starts = list(itertools.accumulate((s["samples"] for s in self.shards), initial=0))
         self._sources: dict[int, _RecordSource | _LmdbSource] = {}
 
@@ -260,22 +267,22 @@ class RecordFolder:
             IndexError: beyond the last one.
             ToolkitError: if it is damaged, with shard and offset.
         """
-        if not 0 <= number < len(self):
+        if not 0 <= number < self.starts[-1]:
             raise IndexError(number)
         shard = bisect.bisect_right(self.starts, number) - 1
-        offset, tokens, context, _ = self.index[number].item()
+        offset, tokens, context, _, cuts = _ROW.unpack_from(self._rows, number * _ROW.size)
         source = self._sources.get(shard) or self._open(shard)
         try:
             data = source.read(offset, tokens)
         except lmdb.Error:  # a page of the tree is damaged
             data = None
-        values = np.frombuffer(data, dtype="<i4") if data else np.empty(0, dtype="<i4")
-        if not data or values[0] != context:
+        if data is None or _INT32.unpack_from(data)[0] != context:
             name = os.path.join(self.path, self.shards[shard]["name"])
             raise ToolkitError(
                 f"{name}: sample {number} at {offset} is damaged; {BUILD.format(folder=self.path)}"
             )
-        return Sample(input_ids=values[1:], context_length=context)
+        ids = np.frombuffer(data, _IDS, tokens, _INT32.size)
+        return Sample(ids, context, bool(cuts & 1), bool(cuts & 2))
 
     def _open(self, shard: int) -> _RecordSource | _LmdbSource:
         path = os.path.join(self.path, self.shards[shard]["name"])

@@ -6,7 +6,7 @@ read through a window that moves on (`slide`); `cut` does what the settings say.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -54,7 +54,7 @@ class SpecialTokens:
         return np.array([], dtype=_INT32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # frozen, it would take twice as long to make
 class Sample:
     """One training sequence: context_length ids and the <sop> are read, the rest is learned."""
 
@@ -72,13 +72,13 @@ class Sample:
     def __post_init__(self):
         ids = self.input_ids
         if type(ids) is not np.ndarray or ids.dtype != _INT32:
-            object.__setattr__(self, "input_ids", np.asarray(ids, dtype=_INT32))
+            self.input_ids = np.asarray(ids, dtype=_INT32)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sample):
             return NotImplemented
-        own, others = vars(self), vars(other)
-        return all(np.array_equal(own[name], others[name]) for name in own)
+        names = (field.name for field in fields(self))
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README_zh.md")
-MORE_SCRIPTS = ("infer_lora_finetuning.py", "evaluate.py", "convert_checkpoint.py")
+MORE_SCRIPTS = (
+    "infer_lora_finetuning.py", "evaluate.py", "convert_checkpoint.py", "data_utils.py",
+    "data/alpaca2qa.py",
+)  # fmt: skip
 SET_UP = ("make", "python3 -m venv", ".venv/bin/pip", ".venv/bin/python -m pytest")
 
 

@@ -35,6 +35,7 @@ DOORS = {
     "pyarrow": "sources",
     "pytorch_optimizer": "optim",
     "rouge_chinese": "scores",
+    "rich": "showing data_utils.py",
     "safetensors": "weights tuning checkpoints callbacks old_files conversion",
     "sentencepiece": "tokenizer",
     "tqdm": "evaluation builder data_utils.py",
