@@ -7,6 +7,7 @@ python data_utils.py --help         # every setting as a flag
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from chatglm import builder, corpus, records, strategies
 from chatglm.command_line import parse_settings, run_script
 from chatglm.configuration import ChatGLMConfig
-from chatglm.files import read_json
+from chatglm.errors import ToolkitError
+from chatglm.files import read_json, recover_folder
 from chatglm.prompts import TEMPLATE_VERSION
 from chatglm.run_settings import Settings
 from chatglm.settings import (
@@ -197,8 +199,13 @@ class DataHelper:
 
     def _lock(self) -> FileLock:
         """Held while building: torchrun and srun start all processes of a machine at once."""
-        os.makedirs(self.train.output_dir, exist_ok=True)
-        return FileLock(f"{self.train.output_dir}/.lock")
+        folder = self.train.output_dir
+        try:
+            os.makedirs(folder, exist_ok=True)
+            pathlib.Path(folder, ".lock").touch()
+        except OSError as error:
+            raise ToolkitError(f"output_dir {folder}: cannot be written ({error})") from None
+        return FileLock(f"{folder}/.lock")
 
     def make_dataset_with_args(self, split: str) -> str | None:
         """Folder of the records of "train", "mix" or "dev", built now if anything changed.
@@ -223,6 +230,7 @@ class DataHelper:
 
     def _build(self, folder: str, files: list[builder.InputFile]) -> None:
         """Unless the process that held the lock before has done it."""
+        recover_folder(folder)
         reason = builder.reason_to_rebuild(folder, files, self._source())
         if not reason:
             return

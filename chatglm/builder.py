@@ -6,6 +6,7 @@ goes on with the shards that are missing, and the memory taken is that of a few 
 done when its note (counts and size) stands beside it; the notes become the manifest.
 """
 
+import contextlib
 import gc
 import hashlib
 import itertools
@@ -14,9 +15,10 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from .corpus import encode_rounds
 from .errors import ToolkitError
-from .files import read_json, recover_folder, replace_folder, written_aside
+from .files import read_json, replace_folder, written_aside
 from .formats import BadRecord, Rounds, parse_record
 from .pictures import draw_lengths
 from .records import (
@@ -38,6 +40,7 @@ from .records import (
     Counts,
     RecordFolder,
     ShardWriter,
+    file_crc,
     manifest_path,
     read_manifest,
 )
@@ -131,6 +134,7 @@ class Note:
 
     name: str
     bytes: int
+    crc: int
     counts: Counts
     first_rejected: str
 
@@ -142,10 +146,16 @@ class Note:
     @classmethod
     def load(cls, path: str) -> "Note | None":
         """None where there is none yet."""
-        if not os.path.exists(path):
-            return None
-        content = read_json(path)
-        return cls(**{**content, "counts": Counts.from_json(content["counts"])})
+        content = _read_if_whole(path)
+        return content and cls(**{**content, "counts": Counts.from_json(content["counts"])})
+
+
+def _read_if_whole(path: str) -> Any:
+    """The JSON object in a file, or None: it is not there, or a power cut left it empty."""
+    try:
+        return read_json(path)
+    except ToolkitError:
+        return None
 
 
 class _Rejected:
@@ -183,7 +193,8 @@ class ShardBuilder:
         index = writer.index()
         index.tofile(f"{stem}.index")
         counts.add_lengths(index)
-        note = Note(os.path.basename(path), os.path.getsize(path), counts, rejected.first)
+        size, crc = os.path.getsize(path), file_crc(path)
+        note = Note(os.path.basename(path), size, crc, counts, rejected.first)
         note.save(f"{stem}.json")
         return note
 
@@ -231,10 +242,9 @@ _builder: ShardBuilder
 
 def _start_worker(plan: BuildPlan, folder: str) -> None:
     global _builder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
     _builder = ShardBuilder(plan, folder)
-    gc.set_threshold(
-        100_000
-    )  # records are no cycles, but so many that they set it off all the time
+    gc.set_threshold(100_000)  # so many records set it off all the time, and none is a cycle
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -252,7 +262,7 @@ def _build_in_worker(block: Block) -> Note:
 
 def build_shards(
     blocks: Iterable[Block], plan: BuildPlan, folder: str, *, num_workers: int
-) -> Iterator[Note]:
+) -> Generator[Note, None, None]:
     """The notes of the blocks' shards, in order; those that are finished are not built again."""
     if num_workers == 1:
         builder = ShardBuilder(plan, folder)
@@ -282,13 +292,7 @@ def _finished(block: Block, folder: str) -> Note | None:
 
 
 def _result(pending: Any) -> Note:
-    try:
-        return pending if isinstance(pending, Note) else pending.result()
-    except BrokenProcessPool:
-        raise ToolkitError(
-            "a process that builds records was killed, perhaps for want of memory: set a lower"
-            " num_process_worker; the same command goes on with what is built"
-        ) from None
+    return pending if isinstance(pending, Note) else pending.result()
 
 
 def build_records(
@@ -306,50 +310,88 @@ def build_records(
     bad records that is put up with.
 
     Raises:
-        ToolkitError: for too many bad records, or no sample at all; the older folder stands then.
+        ToolkitError: for too many bad records, no sample at all, a file that changes meanwhile, a
+            full disk or a killed process; the older folder stands then.
     """
-    part, states = f"{folder}.part", [file.state() for file in files]
-    done = _begin(part, {"source": source, "files": states})
-    if done:
-        print(f"{part}: going on after {done} finished shards")
-    total, notes = Counts(), []
-    rejected_path = f"{folder}.rejected.jsonl"
-    sizes = [_records_bytes(state["path"], state["bytes"]) for state in states]
-    num_workers = min(num_workers, -(-sum(sizes) // BLOCK_BYTES) or 1)
-    shards = build_shards(cut_blocks(files), plan, part, num_workers=num_workers)
-    with tqdm(desc=os.path.basename(folder), total=-(-sum(sizes) // BLOCK_BYTES), unit="shard",
-              disable=None) as bar:  # fmt: skip
+    part = f"{folder}.part"
+    try:
+        states = [file.state() for file in files]
+        done = _begin(part, {"source": source, "files": states})
+        if done:
+            print(f"{part}: going on after {done} finished shards")
+        notes = _build_while_good(part, files, plan, num_workers, max_rejected)
+        total = _total(notes)
+        _gather_rejected(notes, part, f"{folder}.rejected.jsonl")
+        _refuse_rejected(notes, total, max_rejected, f"{folder}.rejected.jsonl")
+        if not total.samples:
+            names = ", ".join(file.path for file in files)
+            raise ToolkitError(f"{folder}: its source holds no samples: {names}")
+        if [file.state() for file in files] != states:
+            raise ToolkitError(f"{folder}: its files changed meanwhile; start the command again")
+        _finish(part, notes, total, plan=plan, source=source, states=states)
+        replace_folder(part, folder)
+    except BrokenProcessPool:
+        raise ToolkitError(
+            "a process that builds records was killed, perhaps for want of memory: set a lower"
+            " num_process_worker; the same command goes on with what is built"
+        ) from None
+    except OSError as error:
+        raise ToolkitError(
+            f"{part}: could not be written ({error}); make room there, and the same command goes on"
+            " with what is built"
+        ) from None
+
+
+def _build_while_good(
+    part: str, files: list[InputFile], plan: BuildPlan, num_workers: int, max_rejected: float
+) -> list[Note]:
+    """The notes of all shards, or of those up to which too many records are bad."""
+    expected = -(-sum(map(_records_bytes, files)) // BLOCK_BYTES) or 1
+    shards = build_shards(cut_blocks(files), plan, part, num_workers=min(num_workers, expected))
+    notes, total = [], Counts()
+    with contextlib.closing(shards), tqdm(total=expected, unit="shard", disable=None) as bar:
         for note in shards:
             notes.append(note)
             total.merge(note.counts)
             bar.set_postfix_str(f"{total.samples:,} samples", refresh=False)
             bar.update()
-            if total.records + total.rejected >= ENOUGH_TO_JUDGE:
-                _check_rejected(total, notes, part, rejected_path, max_rejected)
-    _check_rejected(total, notes, part, rejected_path, max_rejected)
-    if not total.samples:
-        raise ToolkitError(f"{folder}: its source holds no samples: {_names(files)}")
-    _finish(part, notes, total, plan=plan, source=source, states=states)
-    replace_folder(part, folder)
+            judged = total.records + total.rejected
+            if judged >= ENOUGH_TO_JUDGE and total.rejected > max_rejected * judged:
+                break
+    return notes
 
 
-def _names(files: list[InputFile]) -> str:
-    return ", ".join(file.path for file in files)
+def _total(notes: list[Note]) -> Counts:
+    total = Counts()
+    for note in notes:
+        total.merge(note.counts)
+    return total
 
 
-def _records_bytes(path: str, size: int) -> int:
+def _refuse_rejected(notes: list[Note], total: Counts, max_rejected: float, path: str) -> None:
+    judged = total.records + total.rejected
+    if total.rejected > max_rejected * judged:
+        first = next(note.first_rejected for note in notes if note.first_rejected)
+        raise ToolkitError(
+            f"{first}; {total.rejected:,} of {judged:,} records are bad, and max_rejected is"
+            f" {max_rejected:g} of them: mend those in {path}, or raise it"
+        )
+
+
+def _records_bytes(file: InputFile) -> int:
     """About the size of a file's records: gzip files end with it, modulo 4 GiB."""
-    if not path.endswith(".gz") or size < 4:
+    size = os.path.getsize(file.path)
+    if not file.path.lower().endswith(".gz") or size < 4:
         return size
-    with open(path, "rb") as file:
-        file.seek(-4, os.SEEK_END)
-        return int.from_bytes(file.read(), "little")
+    with open(file.path, "rb") as packed:
+        packed.seek(-4, os.SEEK_END)
+        return int.from_bytes(packed.read(), "little")
 
 
 def _begin(part: str, key: dict[str, Any]) -> int:
     """Take up an unfinished folder if it is of the same files and settings; its shards so far."""
     path, wanted = os.path.join(part, "key.json"), json.loads(json.dumps(key))
-    if os.path.exists(path) and read_json(path) == wanted:
+    if _read_if_whole(path) == wanted:
         return sum(name.endswith(".json") for name in os.listdir(part)) - 1
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
@@ -358,23 +400,14 @@ def _begin(part: str, key: dict[str, Any]) -> int:
     return 0
 
 
-def _check_rejected(
-    total: Counts, notes: list[Note], part: str, path: str, max_rejected: float
-) -> None:
-    """Gather the bad records so far; stop if they are too many."""
+def _gather_rejected(notes: list[Note], part: str, path: str) -> None:
+    """One file of all bad records, or none."""
     pathlib.Path(path).unlink(missing_ok=True)
-    if not total.rejected:
-        return
-    with written_aside(path) as file:
-        for note in notes:
-            with open(_beside(part, note, ".rejected"), encoding="utf-8") as lines:
-                shutil.copyfileobj(lines, file)
-    if total.rejected > max_rejected * (total.rejected + total.records):
-        first = next(note.first_rejected for note in notes if note.first_rejected)
-        raise ToolkitError(
-            f"{first}; {total.rejected:,} of {total.rejected + total.records:,} records are bad,"
-            f" and max_rejected is {max_rejected:g} of them: mend those in {path}, or raise it"
-        )
+    if any(note.counts.rejected for note in notes):
+        with written_aside(path) as file:
+            for note in notes:
+                with open(_beside(part, note, ".rejected"), encoding="utf-8") as lines:
+                    shutil.copyfileobj(lines, file)
 
 
 def _beside(part: str, note: Note, suffix: str) -> str:
@@ -399,22 +432,20 @@ def _finish(part: str, notes: list[Note], total: Counts, *, plan, source, states
         "backend": plan.backend,
         "counts": total.as_json(),
         "index_bytes": os.path.getsize(index),
-        "shards": [
-            {"name": note.name, "samples": note.counts.samples, "bytes": note.bytes}
-            for note in notes
-        ],
-    }
+        "index_crc": file_crc(index),
+        "shards": [{"name": note.name, "samples": note.counts.samples, "bytes": note.bytes,
+                    "crc": note.crc} for note in notes],
+    }  # fmt: skip
     with written_aside(manifest_path(part)) as file:
         json.dump(manifest, file, ensure_ascii=False, indent=1)
     for note in notes:
-        for suffix in (".index", ".rejected", ".json"):
+        for suffix in (".json", ".index", ".rejected"):  # without its note a shard is built anew
             os.remove(_beside(part, note, suffix))
     os.remove(os.path.join(part, "key.json"))
 
 
 def reason_to_rebuild(folder: str, files: list[InputFile], source: dict[str, Any]) -> str | None:
     """Why a folder of records can't be used for these files and settings, or None if it can."""
-    recover_folder(folder)
     if not os.path.exists(manifest_path(folder)):
         return "not built yet"
     try:
@@ -424,15 +455,12 @@ def reason_to_rebuild(folder: str, files: list[InputFile], source: dict[str, Any
     for key in source:
         if manifest["source"].get(key) != source[key]:
             return f"{key} changed"
-    known = {state["path"]: state for state in manifest["files"]}
     hashes = manifest["source"]["data"]
-    if list(known) != [file.path for file in files]:
+    named = [(state["path"], state["form"]) for state in manifest["files"]]
+    if named != [(file.path, file.form) for file in files]:
         return "data changed"
-    for file in files:
-        state = file.state()
-        if state["form"] != known[file.path]["form"]:
-            return "data changed"
-        if state != known[file.path] and file_hash(file.path) != hashes[file.path]:
+    for file, state in zip(files, manifest["files"], strict=True):
+        if file.state() != state and file_hash(file.path) != hashes[file.path]:
             return "data changed"
     try:
         RecordFolder(folder)

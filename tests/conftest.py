@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -149,3 +150,25 @@ def write_quantized(folder, released_state, bits):
 
 def _is_packed(name, state):
     return name.endswith("_scale") or f"{name}_scale" in state
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(disk, *, leave):
+    """Write a file until so many bytes are free."""
+    with open(disk / "filler", "wb") as file:
+        file.write(bytes(shutil.disk_usage(disk).free - leave))

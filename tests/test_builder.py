@@ -1,11 +1,16 @@
 """Building records: the same bytes however, restart, formats, and bad records counted."""
 
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
+import random
+import shutil
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +24,13 @@ from chatglm import builder
 from chatglm.builder import BuildPlan, InputFile, build_records, cut_blocks, reason_to_rebuild
 from chatglm.corpus import read_paragraphs
 from chatglm.errors import ToolkitError
+from chatglm.files import recover_folder
 from chatglm.records import RecordFolder, read_manifest
 from chatglm.strategies import CutRules, SpecialTokens
 from chatglm.tokenizer import train_tokenizer
+
+from .conftest import fill
+from .processes import ended, fork
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = str(ROOT / "data" / "finetune_train_examples.json")
@@ -191,6 +200,131 @@ def test_a_killed_build_goes_on_after_its_finished_shards(tmp_path, plan, small_
     assert all((folder / path.name).stat().st_mtime_ns == time for path, time in finished.items())
 
 
+def build_and_exit(folder, plan, started):
+    builder.BLOCK_BYTES = 2000
+    Path(started).touch()
+    build(folder, plan)
+
+
+def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path, plan, small_blocks):
+    begin = time.monotonic()
+    build(tmp_path / "undisturbed", plan())
+    takes, undisturbed = time.monotonic() - begin, all_bytes(tmp_path / "undisturbed")
+    for number in range(5):
+        folder, started = tmp_path / f"train{number}", tmp_path / f"started{number}"
+        process = fork(build_and_exit, folder, plan(), started, preload=["tests.test_builder"])
+        with ended([process]):
+            while not started.exists():
+                time.sleep(0.001)
+            moment = random.uniform(0, takes)
+            time.sleep(moment)
+        if process.exitcode:  # it may have been quicker
+            build(folder, plan())
+        assert all_bytes(folder) == undisturbed, moment
+        assert not Path(f"{folder}.part").exists()
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def test_a_build_that_ends_between_any_two_changes_of_files_goes_on(tmp_path, plan, monkeypatch):
+    """The moments that a kill at random hardly meets: between notes, index, manifest, renames."""
+    monkeypatch.setattr(builder, "BLOCK_BYTES", 12_000)
+    monkeypatch.setattr(builder, "draw_lengths", lambda path, lengths: Path(path).touch())
+    copy, folder = tmp_path / "data.json", tmp_path / "train"
+    whole = Path(BUNDLED).read_bytes()
+
+    def change(usual, steps, stop_at, *args):
+        if next(steps) == stop_at:
+            raise Killed
+        usual(*args)
+
+    def build_anew(patch, stop_at=None):
+        """An older folder is replaced; ended at a change if there are so many."""
+        shutil.rmtree(folder, ignore_errors=True)
+        copy.write_bytes(whole[:3000].rpartition(b"\n")[0])
+        build(folder, plan(), str(copy))
+        copy.write_bytes(whole)
+        steps = itertools.count()
+        for name in ("replace", "remove"):
+            patch.setattr(os, name, partial(change, getattr(os, name), steps, stop_at))
+        build(folder, plan(), str(copy))
+        return next(steps)
+
+    with monkeypatch.context() as patch:
+        number = build_anew(patch)
+    expected = all_bytes(folder)
+    assert number > 10
+    for stop_at in range(number):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            build_anew(patch, stop_at)
+        recover_folder(str(folder))
+        assert folder.exists()
+        if reason_to_rebuild(str(folder), [InputFile(str(copy), "paragraph")], {}):
+            build(folder, plan(), str(copy))
+        assert comparable(all_bytes(folder)) == comparable(expected), stop_at
+
+
+def comparable(files):
+    """Without the time at which the input was written."""
+    manifest = json.loads(files["manifest.json"])
+    for state in manifest["files"]:
+        del state["modified"]
+    return {**files, "manifest.json": manifest}
+
+
+def test_a_worker_that_is_killed_is_a_line_and_the_same_command_goes_on(
+    tmp_path, plan, small_blocks, monkeypatch
+):
+    def kill_the_workers(block, folder):
+        if block.number == 8:
+            for process in multiprocessing.active_children():
+                process.kill()
+            time.sleep(0.3)
+        return usual(block, folder)
+
+    usual = builder._finished
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_finished", kill_the_workers)
+        with pytest.raises(ToolkitError, match=r"was killed.* lower num_process_worker"):
+            build(tmp_path / "train", plan(), num_workers=2)
+    assert not multiprocessing.active_children()
+    build(tmp_path / "train", plan())
+    build(tmp_path / "alone", plan())
+    assert all_bytes(tmp_path / "train") == all_bytes(tmp_path / "alone")
+
+
+def test_damaged_notes_of_a_build_that_was_cut_off_are_written_anew(
+    tmp_path, plan, small_blocks, monkeypatch
+):
+    for name in ("00003.json", "key.json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "_finish", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                build(tmp_path / "train", plan())
+        (tmp_path / "train.part" / name).write_text("")  # as after a power cut
+        build(tmp_path / "train", plan())
+    build(tmp_path / "alone", plan())
+    assert all_bytes(tmp_path / "train") == all_bytes(tmp_path / "alone")
+
+
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path, plan, monkeypatch):
+    def change(folder, *args):
+        with copy.open("ab") as file:
+            file.write(b"\n")
+        return usual(folder, *args)
+
+    copy, usual = tmp_path / "data.json", builder._build_while_good
+    copy.write_bytes(Path(BUNDLED).read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_build_while_good", change)
+        with pytest.raises(ToolkitError, match="its files changed meanwhile"):
+            build(tmp_path / "train", plan(), str(copy))
+    assert not (tmp_path / "train").exists()
+    build(tmp_path / "train", plan(), str(copy))
+
+
 def test_other_settings_or_files_start_anew(tmp_path, plan, small_blocks, monkeypatch):
     def cut_off(*_):
         raise KeyboardInterrupt
@@ -204,6 +338,21 @@ def test_other_settings_or_files_start_anew(tmp_path, plan, small_blocks, monkey
     shard.write_bytes(b"would stay if it were taken up")
     samples = build(tmp_path / "train", plan(), source={"tokenizer": "b"})
     assert len(samples) == sum(map(len, PARAGRAPHS)) and not part.exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("backend", ["record", "lmdb"])
+def test_a_full_disk_is_one_line_and_the_build_goes_on_after_it(
+    small_disk, tmp_path, plan, small_blocks, backend, num_workers
+):
+    build(tmp_path / "undisturbed", plan(backend=backend))
+    fill(small_disk, leave=100_000)
+    with pytest.raises(ToolkitError) as caught:
+        build(small_disk / "train", plan(backend=backend), num_workers=num_workers)
+    assert "could not be written" in str(caught.value) and "\n" not in str(caught.value)
+    (small_disk / "filler").unlink()
+    build(small_disk / "train", plan(backend=backend), num_workers=num_workers)
+    assert all_bytes(small_disk / "train") == all_bytes(tmp_path / "undisturbed")
 
 
 # Reasons to build.
@@ -228,6 +377,15 @@ def test_whatever_changed_is_the_reason_to_rebuild(tmp_path, plan):
     with (Path(folder) / "00000.record").open("ab") as file:
         file.write(b"x")
     assert reason_to_rebuild(folder, files, source) == "a file of it was changed"
+
+
+def test_a_file_may_be_named_twice(tmp_path, plan):
+    folder, files = str(tmp_path / "train"), [InputFile(BUNDLED, "paragraph")] * 2
+    once = build(tmp_path / "once", plan())
+    assert build(folder, plan(), *files) == once * 2
+    assert reason_to_rebuild(folder, files, {}) is None
+    assert reason_to_rebuild(folder, files[:1], {}) == "data changed"
+    assert reason_to_rebuild(folder, [InputFile(BUNDLED, "alpaca")] * 2, {}) == "data changed"
 
 
 # Bad records.
@@ -272,11 +430,18 @@ def test_a_build_that_goes_wrong_stops_before_its_end(tmp_path, plan, half_bad, 
         build(tmp_path / "train", plan(), half_bad)
 
 
-def test_an_error_in_a_worker_is_told_in_one_line(tmp_path, plan, small_blocks):
-    broken = plan()
-    broken = BuildPlan("/absent.model", broken.special, broken.rules, "record", 42)
-    with pytest.raises(ToolkitError):
-        build(tmp_path / "train", broken, num_workers=2)
+def test_an_error_in_a_worker_arrives_as_it_is_and_ends_all_of_them(tmp_path, plan, monkeypatch):
+    monkeypatch.setattr(builder, "BLOCK_BYTES", 500)
+    whole = write_as(tmp_path, "openai")
+    content = bytearray(Path(whole.path).read_bytes())
+    second = pyarrow.parquet.ParquetFile(whole.path).metadata.row_group(1)
+    offset = second.column(1).data_page_offset
+    content[offset : offset + 20] = bytes([255]) * 20
+    Path(whole.path).write_bytes(content)
+    with pytest.raises(ToolkitError, match="cannot be read as parquet") as caught:
+        build(tmp_path / "train", plan(), whole, num_workers=2)
+    assert "\n" not in str(caught.value) and whole.path in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 def test_the_script_says_format_and_bad_records_and_ends_with_2(
@@ -289,10 +454,21 @@ def test_the_script_says_format_and_bad_records_and_ends_with_2(
             lambda _: data_utils.main([*flags, "--train_file", json.dumps([half_bad])])
         )
     assert caught.value.code == 2
-    assert f"{half_bad}:3: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{half_bad}:3: " in said and said.count("error: ") == 1
     data_utils.main([*flags, "--train_file", json.dumps([BUNDLED]), "--verify", "true"])
     said = capsys.readouterr().out
     assert "format paragraph" in said and "every sample has its checksum" in said
+
+
+def test_an_output_dir_that_cannot_be_written_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ToolkitError, match=r"output_dir .*file/output: cannot be written"
+    ) as caught:
+        data_utils.main(["--output_dir", str(tmp_path / "file" / "output")])
+    assert "\n" not in str(caught.value)
 
 
 def test_blocks_are_cut_in_order_and_hold_every_record(small_blocks):

@@ -219,8 +219,8 @@ def test_weights_whose_loss_is_not_a_number_are_refused(checkpoint, tmp_path, mo
 
 
 def test_a_file_without_paragraphs_is_refused(tmp_path):
-    with pytest.raises(ToolkitError, match="holds no paragraphs"):
-        evaluate.main(arguments(tmp_path, eval_file=write_paragraphs(tmp_path / "e", [])))
+    with pytest.raises(ToolkitError, match=r"empty\.json: .*no JSON object"):
+        evaluate.main(arguments(tmp_path, eval_file=write_paragraphs(tmp_path / "empty.json", [])))
 
 
 def test_a_missing_file_is_one_line_and_exit_code_2(monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """Records: what goes in comes out, and every kind of damage is noticed."""
 
 import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,18 @@ def test_samples_come_back_in_their_order_over_all_shards(tmp_path_factory, back
     assert found.index["file"].tolist() == [n for n, shard in enumerate(rows) for _ in shard]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_shards_than_files_may_be_open_are_read(tmp_path, backend):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shards = [SAMPLES[:1]] * 150
+    folder = write_folder(tmp_path / "train", *shards, backend=backend)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        assert contents(folder) == SAMPLES[:1] * 150
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_lengths_are_known_without_reading(folder):
     tokens, learned = RecordFolder(folder).lengths()
     assert tokens.tolist() == [5, 3, 4] and learned.tolist() == [2, 0, 1]
@@ -91,20 +105,52 @@ def test_a_flipped_byte_names_shard_and_offset_and_spares_the_other_samples(tmp_
             found[1]
 
 
-def test_a_flipped_byte_of_lmdb_is_a_toolkit_error_or_in_unused_room(tmp_path):
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_a_flipped_bit_of_lmdb_is_noticed_before_lmdb_reads_it(tmp_path, bit):
     folder = write_folder(tmp_path / "train", SAMPLES, backend="lmdb")
     path = shard_of(folder)
-    whole, noticed = path.read_bytes(), 0
-    for offset in range(0, len(whole), 7):
+    whole = path.read_bytes()
+    for offset in range(bit, len(whole), 11):
         content = bytearray(whole)
-        content[offset] ^= 1
+        content[offset] ^= 1 << bit
         path.write_bytes(content)
-        try:
-            assert contents(folder) == SAMPLES
-        except ToolkitError as error:
-            assert "00000.lmdb" in str(error)
-            noticed += 1
-    assert noticed
+        with pytest.raises(ToolkitError, match=r"00000\.lmdb: damaged"):
+            contents(folder)
+
+
+def test_a_damaged_entry_of_lmdb_names_its_number(tmp_path, monkeypatch):
+    samples = [Sample([number, 6, 7], 1) for number in range(3)]
+    folder = write_folder(tmp_path / "train", samples, backend="lmdb")
+    path = shard_of(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(samples[1].input_ids.tobytes(), bytes(12)))
+    monkeypatch.setattr(RecordFolder, "_check_crc", lambda *_: None)
+    found = RecordFolder(folder)
+    assert found[0] == samples[0]
+    with pytest.raises(ToolkitError, match=r"00000\.lmdb: sample 1 at 1 is damaged"):
+        list(found.verify())
+
+
+def test_a_flipped_bit_of_the_index_is_refused_at_opening(folder):
+    path = Path(folder) / "index.npy"
+    whole = path.read_bytes()
+    for offset in range(len(whole)):
+        content = bytearray(whole)
+        content[offset] ^= 1 << offset % 8
+        path.write_bytes(content)
+        with pytest.raises(ToolkitError, match=r"index\.npy: damaged"):
+            RecordFolder(folder)
+
+
+def test_a_shard_cut_short_after_opening_is_a_toolkit_error(folder):
+    path = shard_of(folder)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 1 + len(whole) // 50):
+        path.write_bytes(whole)
+        found = RecordFolder(folder)
+        path.write_bytes(whole[:length])
+        with pytest.raises(ToolkitError, match=path.name):
+            list(found.verify())
 
 
 def test_a_shard_cut_short_anywhere_is_refused_at_opening(folder):

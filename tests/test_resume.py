@@ -21,6 +21,7 @@ from chatglm.callbacks import LossCurve, SaveResume
 from chatglm.errors import ToolkitError
 from chatglm.training import ChatGLMTraining
 from chatglm.weights import load_pretrained
+from tests.conftest import fill
 from tests.tiny_run import (
     ROOT,
     arguments,
@@ -373,28 +374,6 @@ def test_a_damaged_resume_is_a_line_that_says_what_to_do(interrupted, name):
 
 
 # A full disk.
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 16 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)],
-        capture_output=True,
-        text=True,
-    )
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def fill(disk, *, leave):
-    """Write a file until so many bytes are free."""
-    with open(disk / "filler", "wb") as file:
-        file.write(bytes(shutil.disk_usage(disk).free - leave))
 
 
 def readable(folder):

@@ -1,7 +1,9 @@
 """The tokenizer against what the released one makes of 45 texts. Needs the released vocabulary."""
 
+import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +61,15 @@ def test_many_texts_at_once_give_the_ids_of_each(tokenizer):
     assert tokenizer.encode_texts([]) == []
     odd = ["a\x1eb", "中 ", ""]
     assert tokenizer.encode_texts(odd) == [tokenizer.encode_texts([text])[0] for text in odd]
+
+
+@given(st.lists(st.text(max_size=30), max_size=8))
+def test_the_bytes_of_many_texts_are_those_of_their_ids(tokenizer, texts):
+    slower = copy.copy(tokenizer)
+    slower.sp_model = SimpleNamespace(encode=tokenizer.sp_model.encode)  # another SentencePiece
+    for one in (tokenizer, slower):
+        ids = [np.frombuffer(data, dtype=np.int32).tolist() for data in one.encode_bytes(texts)]
+        assert ids == tokenizer.encode_texts(texts)
 
 
 def test_special_tokens_have_the_released_ids(tokenizer):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chatglm.records import SUFFIXES, Counts, ShardWriter
+from chatglm.records import SUFFIXES, Counts, ShardWriter, file_crc
 
 
 def write_folder(folder, *shards, backend="record"):
@@ -21,7 +21,8 @@ def write_folder(folder, *shards, backend="record"):
                 total.add_cuts(sample)
         indices.append(writer.index())
         total.add_lengths(indices[-1])
-        listed.append({"name": path.name, "samples": len(samples), "bytes": path.stat().st_size})
+        listed.append({"name": path.name, "samples": len(samples), "bytes": path.stat().st_size,
+                       "crc": file_crc(str(path))})  # fmt: skip
     np.save(folder / "index.npy", np.concatenate(indices))
     manifest = {
         "source": {},
@@ -29,6 +30,7 @@ def write_folder(folder, *shards, backend="record"):
         "backend": backend,
         "counts": total.as_json(),
         "index_bytes": (folder / "index.npy").stat().st_size,
+        "index_crc": file_crc(str(folder / "index.npy")),
         "shards": listed,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
