@@ -219,8 +219,6 @@ class ShardBuilder:
     def _accepted(self, block: Block, counts: Counts, rejected: _Rejected) -> Iterator[Rounds]:
         for line, record, content in block.records():
             try:
-                if isinstance(content, BadRecord):
-                    raise content
                 rounds = parse_record(content, block.source.form)
             except BadRecord as bad:
                 counts.rejected += 1

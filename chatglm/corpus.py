@@ -44,15 +44,21 @@ def read_paragraphs(
             because the building of records counts them.
     """
     for path in files:
-        form = file_format(path, data_format)
-        for line, content in read_objects(path):
-            try:
-                if isinstance(content, BadRecord):
-                    raise content
-                yield parse_record(content, form)
-            except BadRecord as bad:
-                if not skip_bad:
-                    raise ToolkitError(f"{path}:{line}: {bad}") from None
+        for line, rounds in read_rounds(path, data_format):
+            if not isinstance(rounds, BadRecord):
+                yield rounds
+            elif not skip_bad:
+                raise ToolkitError(f"{path}:{line}: {rounds}")
+
+
+def read_rounds(path: str, data_format: str) -> Iterator[tuple[int, Rounds | BadRecord]]:
+    """The line of each record of a file, and its rounds, or what is wrong with it."""
+    form = file_format(path, data_format)
+    for line, content in read_objects(path):
+        try:
+            yield line, parse_record(content, form)
+        except BadRecord as bad:
+            yield line, bad
 
 
 def encode_rounds(paragraphs: Sequence[Rounds], tokenizer) -> Iterator[tuple[str, bytes, bytes]]:

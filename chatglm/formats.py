@@ -58,9 +58,13 @@ def recognise(record: Any) -> str | None:
 def parse_record(content: Any, form: str) -> Rounds:
     """The (question, answer) pairs of a record; one at least.
 
+    content: the parsed record, or the BadRecord that stands for one which could not be parsed.
+
     Raises:
         BadRecord: with the reason, if it isn't a record of that format.
     """
+    if isinstance(content, BadRecord):
+        raise content
     if not isinstance(content, dict) or not _KEYS[form] <= content.keys():
         raise BadRecord(f"expected {SHAPES[form]}")
     return FORMATS[form](content)

@@ -8,21 +8,21 @@ left out and counted; the first of them are named. The formats are those of chat
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from chatglm.command_line import run_script  # noqa: E402
+from chatglm.corpus import read_rounds  # noqa: E402
 from chatglm.errors import ToolkitError  # noqa: E402
 from chatglm.files import written_aside  # noqa: E402
-from chatglm.formats import FORMATS, BadRecord, Rounds, parse_record  # noqa: E402
-from chatglm.sources import file_format, kind_of_file, read_objects  # noqa: E402
+from chatglm.formats import FORMATS, BadRecord, Rounds  # noqa: E402
+from chatglm.sources import kind_of_file  # noqa: E402
 
 BAD_RECORDS_NAMED = 5
 
@@ -49,18 +49,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_rounds(path: str, wanted: str) -> Iterator[Rounds | str]:
-    """The rounds of each record, or file, line and reason of one that has none."""
-    form = file_format(path, wanted)
-    for line, content in read_objects(path):
-        try:
-            if isinstance(content, BadRecord):
-                raise content
-            yield parse_record(content, form)
-        except BadRecord as bad:
-            yield f"{path}:{line}: {bad}"
-
-
 def as_paragraph(rounds: Rounds, number: int) -> str:
     """The line that holds the rounds."""
     paragraph = [{"q": question, "a": answer} for question, answer in rounds]
@@ -71,13 +59,14 @@ def convert(inputs: Sequence[str], out: str, wanted: str) -> tuple[int, list[str
     """How many paragraphs were written, the first bad records, and how many there are of those."""
     number, named, num_bad = 0, [], 0
     with written_aside(out) as file:
-        for found in itertools.chain.from_iterable(read_rounds(path, wanted) for path in inputs):
-            if isinstance(found, str):
-                num_bad += 1
-                named += [found] if num_bad <= BAD_RECORDS_NAMED else []
-            else:
-                file.write(as_paragraph(found, number))
-                number += 1
+        for path in inputs:
+            for line, rounds in read_rounds(path, wanted):
+                if isinstance(rounds, BadRecord):
+                    num_bad += 1
+                    named += [f"{path}:{line}: {rounds}"] if num_bad <= BAD_RECORDS_NAMED else []
+                else:
+                    file.write(as_paragraph(rounds, number))
+                    number += 1
         if not number:
             first = f"the first of {num_bad}: {named[0]}" if named else "no records there"
             raise ToolkitError(f"{', '.join(inputs)}: nothing to convert as {wanted} ({first})")
