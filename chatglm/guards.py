@@ -149,7 +149,8 @@ def explaining_memory(settings: Settings) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(" Process ")[0].split(" Including ")[0]  # then: other processes
+        reason = str(error).splitlines()[0]
+        reason = reason.split(" Process ")[0].split(" Including ")[0]  # then: who holds the rest
         raise ToolkitError(f"{reason} {out_of_memory_advice(settings)}") from None
 
 

@@ -15,6 +15,7 @@ from chatglm.guards import (
     check_gradients,
     check_labels,
     check_loss,
+    explaining_memory,
     first_nonfinite_layer,
     out_of_memory_advice,
 )
@@ -181,7 +182,7 @@ def test_checkpoints_that_will_be_replaced_count_as_room(tmp_path, monkeypatch):
         check_disk(str(tmp_path), 800_000)
 
 
-def advice(*, lora=False, bits=None, **train):
+def settings_of(*, lora=False, bits=None, **train):
     groups = (
         TrainSettings(model_name_or_path="w", **train),
         DataSettings(),
@@ -189,7 +190,19 @@ def advice(*, lora=False, bits=None, **train):
         LoraSettings(with_lora=lora),
         AdaLoraSettings(),
     )
-    return out_of_memory_advice(Settings(*groups))
+    return Settings(*groups)
+
+
+def advice(**options):
+    return out_of_memory_advice(settings_of(**options))
+
+
+def test_a_full_card_is_one_line_with_its_size_and_the_advice():
+    room = "CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has 79 GiB of which 4 MiB is free."
+    told = f"{room} Process 7 has 1 GiB in use. Including non-PyTorch memory, more.\nA second line"
+    with pytest.raises(ToolkitError) as caught, explaining_memory(settings_of()):
+        raise torch.OutOfMemoryError(told)
+    assert str(caught.value) == f"{room} {advice()}"
 
 
 @pytest.mark.parametrize(
