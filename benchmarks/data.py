@@ -27,19 +27,15 @@ import psutil
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from chatglm.builder import (  # noqa: E402
-    RECORDS_TOGETHER,
-    BuildPlan,
-    InputFile,
-    build_records,
-    cut_blocks,
-)
+from chatglm.builder import build_records  # noqa: E402
 from chatglm.corpus import read_paragraphs  # noqa: E402
 from chatglm.formats import parse_record  # noqa: E402
+from chatglm.pieces import mark_whitespace  # noqa: E402
 from chatglm.prompts import build_prompt  # noqa: E402
 from chatglm.records import RecordFolder  # noqa: E402
+from chatglm.shards import RECORDS_TOGETHER, BuildPlan, InputFile, cut_blocks  # noqa: E402
 from chatglm.strategies import CutRules, SpecialTokens  # noqa: E402
-from chatglm.tokenizer import ChatGLMTokenizer, mark_whitespace  # noqa: E402
+from chatglm.tokenizer import ChatGLMTokenizer  # noqa: E402
 
 READS = 300_000
 

@@ -3,11 +3,11 @@
 Modules stand on floors, and imports go down only (tests/test_floors.py holds it):
 
     0   words and rules, no torch    errors  settings  run_settings  command_line  files  pictures
-                                     prompts  tokenizer  strategies  scores
+                                     prompts  pieces  tokenizer  strategies  scores
     1   numbers                      configuration  rotary  positions  prefix  cache
                                      quantization  loss
-    2   data, never a model          formats  sources  corpus  records  builder
-                                     showing  batches
+    2   data, never a model          formats  sources  parts  corpus  records  shards
+                                     workers  builder  showing  batches
     2'  text out of any model        sampling  decoding  chat  terminal
     3   the model and its weights    model  weights
     4   changes to a model           tuning

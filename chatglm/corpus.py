@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from .errors import ToolkitError
 from .formats import BadRecord, Rounds, parse_record
+from .pieces import Pieces
 from .prompts import build_prompt
 from .sources import file_format, read_objects
 
@@ -61,7 +62,9 @@ def read_rounds(path: str, data_format: str) -> Iterator[tuple[int, Rounds | Bad
             yield line, bad
 
 
-def encode_rounds(paragraphs: Sequence[Rounds], tokenizer) -> Iterator[tuple[str, bytes, bytes]]:
+def encode_rounds(
+    paragraphs: Sequence[Rounds], pieces: Pieces
+) -> Iterator[tuple[str, bytes, bytes]]:
     """Of every round in order: its prompt, and the ids of prompt and answer, bytes of int32.
 
     The earlier rounds of the paragraph stand in the prompt. All texts are tokenised in one call.
@@ -69,5 +72,5 @@ def encode_rounds(paragraphs: Sequence[Rounds], tokenizer) -> Iterator[tuple[str
     prompts = [build_prompt(q, rounds[:i]) for rounds in paragraphs
                for i, (q, _) in enumerate(rounds)]  # fmt: skip
     answers = [answer for rounds in paragraphs for _, answer in rounds]
-    encoded = tokenizer.encode_bytes([*prompts, *answers])
+    encoded = pieces.encode_bytes([*prompts, *answers])
     yield from zip(prompts, encoded[: len(prompts)], encoded[len(prompts) :], strict=True)

@@ -60,7 +60,7 @@ def build_examples(
                 ensure_answer_min_length=DataSettings().ensure_answer_min_length,
             ),
         )
-        for prompt, question, answer in encode_rounds(paragraphs, tokenizer)
+        for prompt, question, answer in encode_rounds(paragraphs, tokenizer.pieces)
     ]
 
 

@@ -19,7 +19,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import orjson
@@ -30,6 +30,7 @@ from .formats import SHAPES, BadRecord, recognise
 CHUNK_BYTES = 1 << 20
 ROWS_AT_ONCE = 1000
 RECORDS_LOOKED_AT = 100
+DAMAGE = (OSError, EOFError, zlib.error)  # gzip raises all three
 
 _KINDS = {
     ".json": "json",
@@ -92,21 +93,36 @@ def read_raw(path: str) -> Iterator[tuple[int, bytes]]:
         ToolkitError: where the file can't be read on: it is damaged or cut off, or an array is no
             JSON from there, which leaves unknown where its next element starts.
     """
-    may_be_array = kind_of_file(path) == "json"
-    line = 0
-    with _opened(path) as file:
+    line, as_array = 0, is_array(path)
+    with open_file(path) as file:
         try:
-            is_array = may_be_array and _Window(file, path).next_character() == "["
-            file.seek(0)
-            for line, raw in _Window(file, path).elements() if is_array else _read_lines(file):
+            for line, raw in _Window(file, path).elements() if as_array else read_lines(file):
                 yield line, raw
-        except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
-            raise ToolkitError(
-                f"{path}: cannot be read beyond line {line} ({error}); is the file whole?"
-            ) from None
+        except DAMAGE as error:
+            raise _unreadable(path, line, error) from None
 
 
-def _opened(path: str) -> io.BufferedReader:
+def _unreadable(path: str, line: int, error: Exception) -> ToolkitError:
+    return ToolkitError(f"{path}: cannot be read beyond line {line} ({error}); is the file whole?")
+
+
+def is_array(path: str) -> bool:
+    """Whether a file is one JSON array, and not an object a line."""
+    if kind_of_file(path) != "json":
+        return False
+    with open_file(path) as file:
+        try:
+            return _Window(file, path).next_character() == "["
+        except DAMAGE as error:
+            raise _unreadable(path, 0, error) from None
+
+
+def open_file(path: str) -> io.BufferedReader:
+    """A file to read, uncompressed.
+
+    Raises:
+        ToolkitError: if it can't be opened.
+    """
     try:
         packed = path.lower().endswith(".gz")
         raw = gzip.open(path, "rb") if packed else open(path, "rb", buffering=0)  # noqa: SIM115
@@ -115,8 +131,9 @@ def _opened(path: str) -> io.BufferedReader:
     return io.BufferedReader(raw, CHUNK_BYTES)
 
 
-def _read_lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(file, start=1):
+def read_lines(file: Iterable[bytes], *, first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers; `first` is the first one's."""
+    for number, line in enumerate(file, start=first):
         if line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, line
 

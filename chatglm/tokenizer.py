@@ -1,4 +1,4 @@
-"""The released tokenizer: SentencePiece, with newlines, tabs and runs of spaces as pieces.
+"""The released tokenizer (see pieces.py) as transformers knows tokenizers.
 
 Text never turns into a control token here. transformers splits texts at every special token it
 knows, so a user who types `<eop>` would end the model's reading; the released tokenizer reads it
@@ -7,9 +7,7 @@ as five characters, and so does this one. Control tokens enter only as ids.
 
 import io
 import os
-import re
 import shutil
-from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -17,45 +15,16 @@ from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
 from .errors import ToolkitError
-
-VOCAB_FILE = "ice_text.model"
-NEWLINE, TAB, LONGEST_BLANK = "<n>", "<|tab|>", 80
-_SEPARATOR = "\x1e"  # ASCII record separator
-_SPACES = re.compile("  +")  # with an upper bound it is three times as slow
-_PLAIN = (False, -1, 0.1, False, False, False)
-"""Of SentencePiece's arguments: no sampling, nbest_size, alpha; no bos, no eos, not reversed."""
-_BLANK = re.compile(r"<\|blank_(\d{1,2})\|>")
-
-
-def blank_token(length: int) -> str:
-    """The piece for a run of 2 to 80 spaces."""
-    return f"<|blank_{length}|>"
-
-
-def mark_whitespace(text: str) -> str:
-    """Newlines, tabs and runs of spaces (longest first) as the pieces that stand for them."""
-    marked = text.replace("\n", NEWLINE).replace("\t", TAB)
-    return _SPACES.sub(_mark_run, marked)
-
-
-def _mark_run(run: re.Match) -> str:
-    whole, rest = divmod(len(run.group()), LONGEST_BLANK)
-    return blank_token(LONGEST_BLANK) * whole + (blank_token(rest) if rest > 1 else " " * rest)
-
-
-def _mark_all(texts: list[str]) -> list[str]:
-    """Whitespace marked in one pass over the join of all texts, in a third of the time.
-
-    Texts that hold the separator themselves go one by one.
-    """
-    marked = mark_whitespace(_SEPARATOR.join(texts)).split(_SEPARATOR)
-    return marked if len(marked) == len(texts) else [mark_whitespace(text) for text in texts]
-
-
-def unmark_whitespace(text: str) -> str:
-    """The inverse of `mark_whitespace`."""
-    plain = text.replace(NEWLINE, "\n").replace(TAB, "\t")
-    return _BLANK.sub(lambda blank: " " * int(blank.group(1)), plain)
+from .pieces import (
+    LONGEST_BLANK,
+    NEWLINE,
+    TAB,
+    VOCAB_FILE,
+    Pieces,
+    blank_token,
+    mark_whitespace,
+    unmark_whitespace,
+)
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
@@ -90,14 +59,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         self.vocab_file = vocab_file
         self.end_token, self.gmask_token = end_token, gmask_token
-        self.sp_model = sentencepiece.SentencePieceProcessor()
-        try:
-            self.sp_model.Load(vocab_file)
-        except (OSError, RuntimeError, TypeError) as error:
-            raise ToolkitError(
-                f"{vocab_file}: not a SentencePiece model ({error}); a ChatGLM-6B folder has"
-                f" {VOCAB_FILE} beside config.json"
-            ) from None
+        self.pieces = Pieces(vocab_file)
+        self.sp_model = self.pieces.processor
         super().__init__(
             bos_token=bos_token,
             eos_token=eos_token,
@@ -130,20 +93,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def encode_texts(self, texts: list[str], *, num_threads: int = -1) -> list[list[int]]:
         """Ids of many texts, without control tokens."""
-        return self.sp_model.encode(_mark_all(texts), num_threads=num_threads)
-
-    def encode_bytes(self, texts: list[str]) -> list[bytes]:
-        """As `encode_texts` in one thread, each text's ids as the bytes of an int32 array.
-
-        For the building of records, where ids need not become Python objects. SentencePiece has
-        them as bytes, but makes arrays of them before it hands them out, at a seventh of the time.
-        """
-        marked = _mark_all(texts)
-        processor: Any = getattr(self.sp_model, "_processor", None)
-        if hasattr(processor, "_EncodeAsBufferBatch"):
-            return list(map(bytes, processor._EncodeAsBufferBatch(marked, 1, None, *_PLAIN)))
-        encoded = self.sp_model.encode(marked, num_threads=1)
-        return [np.array(ids, dtype=np.int32).tobytes() for ids in encoded]
+        return self.pieces.encode(texts, num_threads=num_threads)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt ready for an answer: text, [gMASK], <sop>."""

@@ -1,5 +1,6 @@
 """Building records: the same bytes however, restart, formats, and bad records counted."""
 
+import codecs
 import gzip
 import itertools
 import json
@@ -20,12 +21,13 @@ import pyarrow.parquet
 import pytest
 
 import data_utils
-from chatglm import builder
-from chatglm.builder import BuildPlan, InputFile, build_records, cut_blocks, reason_to_rebuild
+from chatglm import builder, shards, workers
+from chatglm.builder import build_records, reason_to_rebuild
 from chatglm.corpus import read_paragraphs
 from chatglm.errors import ToolkitError
 from chatglm.files import recover_folder
 from chatglm.records import RecordFolder, read_manifest
+from chatglm.shards import BuildPlan, InputFile, cut_blocks
 from chatglm.strategies import CutRules, SpecialTokens
 from chatglm.tokenizer import train_tokenizer
 
@@ -57,7 +59,7 @@ def plan(tokenizer):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Twenty shards out of the bundled examples; the blocks are cut in this process."""
-    monkeypatch.setattr(builder, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 2000)
 
 
 def build(folder, plan, *files, num_workers=1, max_rejected=0.0, source=None):
@@ -82,8 +84,8 @@ def all_bytes(folder):
 @pytest.mark.parametrize("backend", ["record", "lmdb"])
 def test_any_number_of_processes_gives_the_same_bytes(tmp_path, plan, small_blocks, backend):
     made = plan(backend=backend, max_seq_length=40, strategy="single_sliding", p=-1)
-    for workers in (1, 2):
-        build(tmp_path / str(workers), made, num_workers=workers)
+    for number in (1, 2):
+        build(tmp_path / str(number), made, num_workers=number)
     one, two = (all_bytes(tmp_path / name) for name in ("1", "2"))
     assert one == two
     assert len(read_manifest(str(tmp_path / "1"))["shards"]) > 10
@@ -91,13 +93,13 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, plan, small_bloc
 
 
 def test_one_block_needs_no_other_process(tmp_path, plan, monkeypatch):
-    monkeypatch.setattr(builder, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
     build(tmp_path / "train", plan(), num_workers=8)
 
 
 def test_shards_change_nothing_about_the_samples(tmp_path, plan, monkeypatch):
     whole = build(tmp_path / "one", plan())
-    monkeypatch.setattr(builder, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 3000)
     assert build(tmp_path / "many", plan()) == whole
 
 
@@ -162,9 +164,9 @@ def command(folder, plan):
     program = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from chatglm import builder
-from chatglm.builder import *
-builder.BLOCK_BYTES = 2000
+from chatglm import builder, shards
+from chatglm.shards import *
+shards.BLOCK_BYTES = 2000
 def slowly(blocks, *args, **kwargs):
     for note in build(blocks, *args, **kwargs):
         print(note.name, flush=True)
@@ -201,7 +203,7 @@ def test_a_killed_build_goes_on_after_its_finished_shards(tmp_path, plan, small_
 
 
 def build_and_exit(folder, plan, started):
-    builder.BLOCK_BYTES = 2000
+    shards.BLOCK_BYTES = 2000
     Path(started).touch()
     build(folder, plan)
 
@@ -230,7 +232,7 @@ class Killed(BaseException):
 
 def test_a_build_that_ends_between_any_two_changes_of_files_goes_on(tmp_path, plan, monkeypatch):
     """The moments that a kill at random hardly meets: between notes, index, manifest, renames."""
-    monkeypatch.setattr(builder, "BLOCK_BYTES", 12_000)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 12_000)
     monkeypatch.setattr(builder, "draw_lengths", lambda path, lengths: Path(path).touch())
     copy, folder = tmp_path / "data.json", tmp_path / "train"
     whole = Path(BUNDLED).read_bytes()
@@ -284,9 +286,9 @@ def test_a_worker_that_is_killed_is_a_line_and_the_same_command_goes_on(
             time.sleep(0.3)
         return usual(block, folder)
 
-    usual = builder._finished
+    usual = workers.finished_note
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "_finished", kill_the_workers)
+        patch.setattr(workers, "finished_note", kill_the_workers)
         with pytest.raises(ToolkitError, match=r"was killed.* lower num_process_worker"):
             build(tmp_path / "train", plan(), num_workers=2)
     assert not multiprocessing.active_children()
@@ -424,14 +426,14 @@ def test_more_bad_records_than_allowed_stop_the_build(tmp_path, plan, half_bad):
 
 
 def test_a_build_that_goes_wrong_stops_before_its_end(tmp_path, plan, half_bad, monkeypatch):
-    monkeypatch.setattr(builder, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 50)
     monkeypatch.setattr(builder, "ENOUGH_TO_JUDGE", 2)
     with pytest.raises(ToolkitError, match="of 2 records"):
         build(tmp_path / "train", plan(), half_bad)
 
 
 def test_an_error_in_a_worker_arrives_as_it_is_and_ends_all_of_them(tmp_path, plan, monkeypatch):
-    monkeypatch.setattr(builder, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 500)
     whole = write_as(tmp_path, "openai")
     content = bytearray(Path(whole.path).read_bytes())
     second = pyarrow.parquet.ParquetFile(whole.path).metadata.row_group(1)
@@ -476,5 +478,18 @@ def test_blocks_are_cut_in_order_and_hold_every_record(small_blocks):
     assert [block.number for block in blocks] == list(range(len(blocks)))
     assert np.all(np.diff([block.file for block in blocks]) >= 0)
     for file in (0, 1):
-        lines = [line for block in blocks if block.file == file for line in block.lines]
+        lines = [line for block in blocks if block.file == file for line, *_ in block.records()]
         assert lines == list(range(1, len(PARAGRAPHS) + 1))
+
+
+def test_lines_are_numbered_as_in_the_file_wherever_it_is_cut(tmp_path, monkeypatch):
+    lines = [*(json.dumps({"n": n}) for n in range(20)), "", "  ", "{bad", '{"n": 20}']
+    path = tmp_path / "data.jsonl"
+    for ending in ("", "\n"):
+        path.write_bytes(codecs.BOM_UTF8 + "\n".join(lines).encode() + ending.encode())
+        for size in (1, 9, 10, 37, 10_000):
+            monkeypatch.setattr(shards, "BLOCK_BYTES", size)
+            blocks = list(cut_blocks([InputFile(str(path), "paragraph")]))
+            found = [record for block in blocks for record in block.records()]
+            assert [line for line, *_ in found] == [*range(1, 21), 23, 24]
+            assert [content["n"] for line, _, content in found if line != 23] == [*range(21)]

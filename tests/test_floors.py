@@ -37,7 +37,7 @@ DOORS = {
     "rouge_chinese": "scores",
     "rich": "showing data_utils.py",
     "safetensors": "weights tuning checkpoints callbacks old_files conversion",
-    "sentencepiece": "tokenizer",
+    "sentencepiece": "pieces tokenizer",
     "tqdm": "evaluation builder data_utils.py",
     # The model is one of transformers'; beside it: the schedules in optim.
     "transformers": "tokenizer configuration cache quantization sampling decoding chat model"

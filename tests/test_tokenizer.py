@@ -65,10 +65,12 @@ def test_many_texts_at_once_give_the_ids_of_each(tokenizer):
 
 @given(st.lists(st.text(max_size=30), max_size=8))
 def test_the_bytes_of_many_texts_are_those_of_their_ids(tokenizer, texts):
-    slower = copy.copy(tokenizer)
-    slower.sp_model = SimpleNamespace(encode=tokenizer.sp_model.encode)  # another SentencePiece
-    for one in (tokenizer, slower):
-        ids = [np.frombuffer(data, dtype=np.int32).tolist() for data in one.encode_bytes(texts)]
+    pieces = tokenizer.pieces
+    slower = copy.copy(pieces)
+    slower.processor = SimpleNamespace(encode=pieces.processor.encode)  # another SentencePiece
+    for one in (pieces, slower):
+        encoded = one.encode_bytes(texts)
+        ids = [np.frombuffer(data, dtype=np.int32).tolist() for data in encoded]
         assert ids == tokenizer.encode_texts(texts)
 
 

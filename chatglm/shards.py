@@ -1,0 +1,188 @@
+"""One shard of records out of one block of the input, whoever builds it.
+
+A shard is done when its note (counts and size) stands beside it. Nothing here imports torch or
+transformers: the processes that build start in a moment.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+import numpy as np
+
+from .corpus import encode_rounds
+from .errors import ToolkitError
+from .files import read_json, written_aside
+from .formats import BadRecord, Rounds, parse_record
+from .parts import Part, split
+from .pieces import Pieces
+from .records import SUFFIXES, Backend, Counts, ShardWriter, file_crc
+from .sources import parse_json
+from .strategies import CutRules, SpecialTokens, cut, whole
+
+BLOCK_BYTES = 16 << 20
+"""Of input that become one shard."""
+RECORDS_TOGETHER = 512
+"""Records whose texts are tokenised in one call."""
+ID_BYTES = 4
+SHOWN_CHARACTERS = 2000
+"""Of a bad record, in the file of rejected ones."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What turns the records of files into samples; the same in every process."""
+
+    vocab_file: str
+    special: SpecialTokens
+    rules: CutRules
+    backend: Backend
+    seed: int
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of records, and the format that they are in."""
+
+    path: str
+    form: str
+
+    def state(self) -> dict[str, Any]:
+        """What changes when the file does; cheaper than its hash."""
+        found = os.stat(self.path)
+        return {**asdict(self), "bytes": found.st_size, "modified": found.st_mtime_ns}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of one input file, `file` its place among them."""
+
+    number: int
+    file: int
+    source: InputFile
+    part: Part
+
+    def records(self) -> Iterator[tuple[int, Any, Any]]:
+        """(line, as it stands in the file, content) of each record; content may be a BadRecord."""
+        for line, record in self.part.read(self.source.path):
+            try:
+                yield line, record, parse_json(record) if isinstance(record, bytes) else record
+            except BadRecord as bad:
+                yield line, record, bad
+
+
+def cut_blocks(files: list[InputFile]) -> Iterator[Block]:
+    """The blocks of all files, numbered through."""
+    numbers = itertools.count()
+    for file, source in enumerate(files):
+        for part in split(source.path, BLOCK_BYTES):
+            yield Block(next(numbers), file, source, part)
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is known of a finished shard."""
+
+    name: str
+    bytes: int
+    crc: int
+    counts: Counts
+    first_rejected: str
+
+    def save(self, path: str) -> None:
+        """As JSON, aside and then renamed."""
+        with written_aside(path) as file:
+            json.dump({**vars(self), "counts": self.counts.as_json()}, file, ensure_ascii=False)
+
+    @classmethod
+    def load(cls, path: str) -> "Note | None":
+        """None where there is none yet."""
+        content = read_if_whole(path)
+        return content and cls(**{**content, "counts": Counts.from_json(content["counts"])})
+
+
+def read_if_whole(path: str) -> Any:
+    """The JSON object in a file, or None: it is not there, or a power cut left it empty."""
+    try:
+        return read_json(path)
+    except ToolkitError:
+        return None
+
+
+class _Rejected:
+    """Bad records, written down one JSON object a line."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.first = file, ""
+
+    def add(self, path: str, line: int, reason: str, record: Any) -> None:
+        is_text = isinstance(record, bytes)
+        shown = record.decode(errors="replace").strip() if is_text else repr(record)
+        fault = {"file": path, "line": line, "reason": reason, "record": shown[:SHOWN_CHARACTERS]}
+        self.file.write(json.dumps(fault, ensure_ascii=False) + "\n")
+        self.first = self.first or f"{path}:{line}: {reason}"
+
+
+class ShardBuilder:
+    """Builds the shards of blocks into a folder, in whatever process it lives in."""
+
+    def __init__(self, plan: BuildPlan, folder: str):
+        self.plan, self.folder = plan, folder
+        self.pieces = Pieces(plan.vocab_file)
+
+    def build(self, block: Block) -> Note:
+        """A block's shard, index and bad records, and last its note."""
+        stem = os.path.join(self.folder, f"{block.number:05d}")
+        path, counts = stem + SUFFIXES[self.plan.backend], Counts()
+        pathlib.Path(path).unlink(missing_ok=True)  # a kill's
+        with (
+            open(f"{stem}.rejected", "w", encoding="utf-8") as file,
+            ShardWriter(path, backend=self.plan.backend, file=block.file) as writer,
+        ):
+            rejected = _Rejected(file)
+            self._write(block, writer, counts, rejected)
+        index = writer.index()
+        index.tofile(f"{stem}.index")
+        counts.add_lengths(index)
+        size, crc = os.path.getsize(path), file_crc(path)
+        note = Note(os.path.basename(path), size, crc, counts, rejected.first)
+        note.save(f"{stem}.json")
+        return note
+
+    def _write(
+        self, block: Block, writer: ShardWriter, counts: Counts, rejected: _Rejected
+    ) -> None:
+        rules, special = self.plan.rules, self.plan.special
+        room = rules.room * ID_BYTES
+        generator = np.random.default_rng((self.plan.seed, block.number))
+        accepted = self._accepted(block, counts, rejected)
+        while paragraphs := list(itertools.islice(accepted, RECORDS_TOGETHER)):
+            for _, prompt, answer in encode_rounds(paragraphs, self.pieces):
+                counts.rounds += 1
+                if len(prompt) + len(answer) <= room:  # most do, and are spared the arrays
+                    writer.write_ids(len(prompt) // ID_BYTES + 1, whole(prompt, answer, special))
+                    continue
+                ids, learned = (np.frombuffer(part, dtype=np.int32) for part in (prompt, answer))
+                for sample in cut(ids, learned, special, rules, generator):
+                    writer.write(sample)
+                    counts.add_cuts(sample)
+
+    def _accepted(self, block: Block, counts: Counts, rejected: _Rejected) -> Iterator[Rounds]:
+        for line, record, content in block.records():
+            try:
+                rounds = parse_record(content, block.source.form)
+            except BadRecord as bad:
+                counts.rejected += 1
+                rejected.add(block.source.path, line, str(bad), record)
+            else:
+                counts.records += 1
+                yield rounds
+
+
+def finished_note(block: Block, folder: str) -> Note | None:
+    """The note of a block's shard, if it was built before."""
+    return Note.load(os.path.join(folder, f"{block.number:05d}.json"))
