@@ -65,26 +65,32 @@ def parse_record(content: Any, form: str) -> Rounds:
     """
     if isinstance(content, BadRecord):
         raise content
-    if not isinstance(content, dict) or not _KEYS[form] <= content.keys():
+    if not isinstance(content, dict) or not content.keys() >= _KEYS[form]:
         raise BadRecord(f"expected {SHAPES[form]}")
     return FORMATS[form](content)
 
 
 def _parse_paragraph(record: dict) -> Rounds:
-    rounds = _filled_list(record["paragraph"], "paragraph")
-    return [_parse_round(one, f"round {index}") for index, one in enumerate(rounds)]
+    rounds: Rounds = []
+    for index, one in enumerate(_filled_list(record["paragraph"], "paragraph")):
+        try:
+            rounds.append(_parse_round(one))
+        except BadRecord as bad:
+            raise BadRecord(f"round {index}: {bad}") from None
+    return rounds
 
 
-def _parse_round(content: Any, where: str) -> tuple[str, str]:
-    if not isinstance(content, dict) or not {"q", "a"} <= content.keys():
-        raise BadRecord(f'{where}: expected {{"q": "question", "a": "answer"}}')
-    question = _checked(_joined_lines(content["q"]), f'{where}: "q"')
-    return question, _checked(_joined_lines(content["a"]), f'{where}: "a"')
+def _parse_round(content: Any) -> tuple[str, str]:
+    if not isinstance(content, dict) or "q" not in content or "a" not in content:
+        raise BadRecord('expected {"q": "question", "a": "answer"}')
+    question, answer = content["q"], content["a"]
+    return _checked(_joined_lines(question), '"q"'), _checked(_joined_lines(answer), '"a"')
 
 
 def _joined_lines(content: Any) -> Any:
-    lines = isinstance(content, list) and all(isinstance(line, str) for line in content)
-    return "\n".join(content) if lines else content
+    if isinstance(content, list) and all(isinstance(line, str) for line in content):
+        return "\n".join(content)
+    return content
 
 
 def _parse_alpaca(record: dict) -> Rounds:

@@ -134,9 +134,8 @@ class ShardWriter:
 
     def write_ids(self, context_length: int, ids: bytes, cuts: int = 0) -> None:
         """Append a sample by the bytes of its int32 ids."""
-        data = _INT32.pack(context_length) + ids
-        self._offsets.append(self._target.write(data))
-        self._tokens.append(len(data) // 4 - 1)
+        self._offsets.append(self._target.write(_INT32.pack(context_length) + ids))
+        self._tokens.append(len(ids) // _IDS.itemsize)
         self._contexts.append(context_length)
         self._cuts.append(cuts)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import ToolkitError
 
-VERSION = 1
+VERSION = 2
 """Named in the manifest of built records; raise it when a sample would come out different."""
 
 Ids = np.ndarray | list[int]
@@ -220,12 +220,13 @@ def slide(
 
     A prompt longer than the window is a text to learn from: every window that lies inside it learns
     its last p tokens; with p below 0, a number of them drawn for each window; with p 0 there are no
-    such windows. Every token of the answer is learned once. Before it are read at least as many
+    such windows. One more ends with the prompt where tokens of it would be read by none. Of
+    a shorter prompt, the first window of the answer reads what fits; the sample says prompt_cut. Every token of the answer is learned once. Before it are read at least as many
     tokens as a window and sliding_size differ by, but one at least, and as many as fit where prompt
     or answer leave room.
     """
     parts = [
-        *_windows_of_the_prompt(prompt, rules, generator),
+        *_windows_of_the_prompt(prompt, len(answer), rules, generator),
         *_windows_of_the_answer(prompt, answer, rules),
     ]
     return [
@@ -235,13 +236,16 @@ def slide(
 
 
 def _windows_of_the_prompt(
-    prompt: Ids, rules: CutRules, generator: np.random.Generator
+    prompt: Ids, answer_length: int, rules: CutRules, generator: np.random.Generator
 ) -> Iterator[tuple[Ids, Ids, bool, bool]]:
     """Context, learned tokens, prompt_cut and answer_cut of the windows inside a long prompt."""
     room = rules.room
     if len(prompt) <= room or rules.p == 0:
         return
-    starts = range(0, len(prompt) - room + 1, rules.stride)
+    starts = [*range(0, len(prompt) - room + 1, rules.stride)]
+    read_before_the_answer = max(rules.least_context, room - answer_length)
+    if starts[-1] + room < len(prompt) - read_before_the_answer:
+        starts.append(len(prompt) - room)
     if rules.p < 0:
         context_lengths = generator.integers(1, room, len(starts)).tolist()
     else:

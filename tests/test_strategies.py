@@ -195,20 +195,37 @@ def test_a_window_of_the_answer_is_full_and_reads_more_than_it_must_only_at_the_
 
 
 @given(rounds())
-def test_windows_inside_a_long_prompt_are_stride_apart_and_as_many_as_fit(case):
+def test_windows_inside_a_long_prompt_are_stride_apart_and_a_last_one_ends_with_it(case):
     prompt, _, rules, _ = case
     inside, _ = windows(case)
     if prompt <= rules.room or rules.p == 0:
         assert not inside
         return
-    for number, sample in enumerate(inside):
+    fitting = (prompt - rules.room) // rules.stride + 1
+    assert len(inside) - fitting in (0, 1)
+    starts = [number * rules.stride for number in range(fitting)] + [prompt - rules.room]
+    for start, sample in zip(starts, inside, strict=False):
         context, learned = parts(sample)
-        start = number * rules.stride
         assert context + learned == list(range(start, start + rules.room))
         assert rules.p < 0 or len(learned) == rules.p
         assert context and learned and sample.prompt_cut
-    end_of_the_next = len(inside) * rules.stride + rules.room
-    assert end_of_the_next - rules.stride <= prompt < end_of_the_next
+
+
+@given(rounds())
+def test_every_token_of_a_prompt_longer_than_a_window_is_read_unless_p_is_0(case):
+    prompt, _, rules, _ = case
+    inside, after = windows(case)
+    read = {token for sample in inside + after for part in parts(sample) for token in part}
+    assert prompt <= rules.room or rules.p == 0 or read >= {*range(prompt)}
+
+
+@given(rounds())
+def test_a_last_window_of_the_prompt_reads_what_no_other_does(case):
+    prompt, _, rules, _ = case
+    inside, after = windows(case)
+    if inside and len(inside) > (prompt - rules.room) // rules.stride + 1:
+        *others, last = ({*sum(parts(sample), [])} for sample in (after[0], *inside))
+        assert last - set().union(*others)
 
 
 @given(rounds())
