@@ -22,6 +22,7 @@ from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
 from chatglm.files import read_json, recover_folder
 from chatglm.prompts import TEMPLATE_VERSION
+from chatglm.ray_workers import build_shards_with_ray
 from chatglm.run_settings import Settings
 from chatglm.settings import (
     AdaLoraSettings,
@@ -31,9 +32,11 @@ from chatglm.settings import (
     TrainSettings,
     at_least,
 )
+from chatglm.shards import BuildPlan, InputFile
 from chatglm.showing import show_sample
 from chatglm.sources import file_format
 from chatglm.tokenizer import ChatGLMTokenizer
+from chatglm.workers import build_shards
 from models import build_tokenizer, model_switches
 
 # What to train. An empty model_name_or_path trains a tiny ChatGLM from scratch in a minute; give
@@ -123,6 +126,7 @@ data_conf = {
     "data_format": "auto",
     "max_rejected": 0.01,
     "num_process_worker": None,
+    "build_with": "processes",
     "verify": False,
 }
 
@@ -157,7 +161,7 @@ class DataHelper:
     def __init__(self, settings: Settings):
         self.train, self.data = train, data = settings.train, settings.data
         self.files = {
-            split: [builder.InputFile(path, file_format(path, data.data_format))
+            split: [InputFile(path, file_format(path, data.data_format))
                     for path in corpus.expand_files(patterns)]
             for split, patterns in (
                 ("train", train.train_file), ("mix", train.mix_file), ("dev", train.eval_file)
@@ -179,9 +183,9 @@ class DataHelper:
         ]
         return [text for many in paragraphs for rounds in many for one in rounds for text in one]
 
-    def _build_plan(self) -> builder.BuildPlan:
+    def _build_plan(self) -> BuildPlan:
         tokenizer, data = self.tokenizer, self.data
-        return builder.BuildPlan(
+        return BuildPlan(
             vocab_file=tokenizer.vocab_file,
             special=strategies.SpecialTokens(
                 tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -228,7 +232,7 @@ class DataHelper:
             print(f"{folder}: every sample has its checksum")
         return folder
 
-    def _build(self, folder: str, files: list[builder.InputFile]) -> None:
+    def _build(self, folder: str, files: list[InputFile]) -> None:
         """Unless the process that held the lock before has done it."""
         recover_folder(folder)
         reason = builder.reason_to_rebuild(folder, files, self._source())
@@ -243,6 +247,7 @@ class DataHelper:
             self._source(),
             num_workers=self.data.num_process_worker or os.cpu_count() or 1,
             max_rejected=self.data.max_rejected,
+            build_shards=build_shards_with_ray if self.data.build_with == "ray" else build_shards,
         )
 
     def record_folders(self) -> dict[str, records.RecordFolder]:

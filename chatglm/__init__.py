@@ -7,7 +7,7 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
     1   numbers                      configuration  rotary  positions  prefix  cache
                                      quantization  loss
     2   data, never a model          formats  sources  parts  corpus  records  shards
-                                     workers  builder  showing  batches
+                                     workers  ray_workers  builder  showing  batches
     2'  text out of any model        sampling  decoding  chat  terminal
     3   the model and its weights    model  weights
     4   changes to a model           tuning

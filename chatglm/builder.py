@@ -12,20 +12,22 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable, Generator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from . import shards
 from .errors import ToolkitError
 from .files import replace_folder, written_aside
 from .pictures import draw_lengths
 from .records import INDEX, Counts, RecordFolder, file_crc, manifest_path, read_manifest
-from .shards import BuildPlan, InputFile, Note, cut_blocks, read_if_whole
+from .shards import BuildPlan, InputFile, Note, cut_blocks, expected_blocks, read_if_whole
 from .workers import build_shards
 
+ShardsBuilder = Callable[..., Generator[Note, None, None]]
+"""What `build_shards` in workers.py is: (blocks, plan, folder, num_workers=) to the notes."""
 ENOUGH_TO_JUDGE = 1000
 """Records after which too many bad ones stop a build before its end."""
 
@@ -44,11 +46,12 @@ def build_records(
     *,
     num_workers: int,
     max_rejected: float,
+    build_shards: ShardsBuilder = build_shards,
 ) -> None:
     """Build a folder of records beside its place, then put it there.
 
     source: what the manifest says it is built from, beside the files. max_rejected: the share of
-    bad records that is put up with.
+    bad records that is put up with. build_shards: who builds, see ray_workers.py.
 
     Raises:
         ToolkitError: for too many bad records, no sample at all, a file that changes meanwhile, a
@@ -60,7 +63,11 @@ def build_records(
         done = _begin(part, {"source": source, "files": states})
         if done:
             print(f"{part}: going on after {done} finished shards")
-        notes = _build_while_good(part, files, plan, num_workers, max_rejected)
+        expected = expected_blocks(files)
+        building = build_shards(
+            cut_blocks(files), plan, part, num_workers=min(num_workers, expected)
+        )
+        notes = _build_while_good(building, expected, max_rejected)
         total = _total(notes)
         _gather_rejected(notes, part, f"{folder}.rejected.jsonl")
         _refuse_rejected(notes, total, max_rejected, f"{folder}.rejected.jsonl")
@@ -84,11 +91,9 @@ def build_records(
 
 
 def _build_while_good(
-    part: str, files: list[InputFile], plan: BuildPlan, num_workers: int, max_rejected: float
+    building: Generator[Note, None, None], expected: int, max_rejected: float
 ) -> list[Note]:
     """The notes of all shards, or of those up to which too many records are bad."""
-    expected = -(-sum(map(_records_bytes, files)) // shards.BLOCK_BYTES) or 1
-    building = build_shards(cut_blocks(files), plan, part, num_workers=min(num_workers, expected))
     notes, total = [], Counts()
     with contextlib.closing(building), tqdm(total=expected, unit="shard", disable=None) as bar:
         for note in building:
@@ -117,16 +122,6 @@ def _refuse_rejected(notes: list[Note], total: Counts, max_rejected: float, path
             f"{first}; {total.rejected:,} of {judged:,} records are bad, and max_rejected is"
             f" {max_rejected:g} of them: mend those in {path}, or raise it"
         )
-
-
-def _records_bytes(file: InputFile) -> int:
-    """About the size of a file's records: gzip files end with it, modulo 4 GiB."""
-    size = os.path.getsize(file.path)
-    if not file.path.lower().endswith(".gz") or size < 4:
-        return size
-    with open(file.path, "rb") as packed:
-        packed.seek(-4, os.SEEK_END)
-        return int.from_bytes(packed.read(), "little")
 
 
 def _begin(part: str, key: dict[str, Any]) -> int:

@@ -161,6 +161,9 @@ class DataSettings:
     """Share of bad records that is put up with; they are written to a file beside the records."""
     num_process_worker: int | None = None
     """Processes that build records; null: as many as there are cores."""
+    build_with: Literal["processes", "ray"] = "processes"
+    """Build records with processes of this machine, or as a Ray Data job on the cluster at
+    RAY_ADDRESS (requirements-ray.txt), all of whose machines see the files and output_dir."""
     verify: bool = False
     """Read all records, for their checksums, before anything else."""
     p: int = 1

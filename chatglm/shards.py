@@ -83,6 +83,21 @@ def cut_blocks(files: list[InputFile]) -> Iterator[Block]:
             yield Block(next(numbers), file, source, part)
 
 
+def expected_blocks(files: list[InputFile]) -> int:
+    """About how many blocks there will be."""
+    return -(-sum(_records_bytes(file) for file in files) // BLOCK_BYTES) or 1
+
+
+def _records_bytes(file: InputFile) -> int:
+    """About the size of a file's records: gzip files end with it, modulo 4 GiB."""
+    size = os.path.getsize(file.path)
+    if not file.path.lower().endswith(".gz") or size < 4:
+        return size
+    with open(file.path, "rb") as packed:
+        packed.seek(-4, os.SEEK_END)
+        return int.from_bytes(packed.read(), "little")
+
+
 @dataclass(frozen=True)
 class Note:
     """What is known of a finished shard."""

@@ -220,10 +220,12 @@ def slide(
 
     A prompt longer than the window is a text to learn from: every window that lies inside it learns
     its last p tokens; with p below 0, a number of them drawn for each window; with p 0 there are no
-    such windows. One more ends with the prompt where tokens of it would be read by none. Of
-    a shorter prompt, the first window of the answer reads what fits; the sample says prompt_cut. Every token of the answer is learned once. Before it are read at least as many
-    tokens as a window and sliding_size differ by, but one at least, and as many as fit where prompt
-    or answer leave room.
+    such windows. One more ends with the prompt where tokens of it would be read by none. Of a
+    shorter prompt, the first window of the answer reads what fits, and says prompt_cut.
+
+    Every token of the answer is learned once. Before it are read at least as many tokens as a
+    window and sliding_size differ by, but one at least, and as many as fit where prompt or answer
+    leave room.
     """
     parts = [
         *_windows_of_the_prompt(prompt, len(answer), rules, generator),

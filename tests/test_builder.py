@@ -26,10 +26,12 @@ from chatglm.builder import build_records, reason_to_rebuild
 from chatglm.corpus import read_paragraphs
 from chatglm.errors import ToolkitError
 from chatglm.files import recover_folder
+from chatglm.ray_workers import build_shards_with_ray
 from chatglm.records import RecordFolder, read_manifest
 from chatglm.shards import BuildPlan, InputFile, cut_blocks
 from chatglm.strategies import CutRules, SpecialTokens
 from chatglm.tokenizer import train_tokenizer
+from chatglm.workers import build_shards
 
 from .conftest import fill
 from .processes import ended, fork
@@ -90,6 +92,23 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, plan, small_bloc
     assert one == two
     assert len(read_manifest(str(tmp_path / "1"))["shards"]) > 10
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ray_gives_the_same_bytes_as_processes(tmp_path, plan, small_blocks):
+    ray = pytest.importorskip("ray")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"paragraph": []}\n')
+    try:
+        for name, how in (("ray", build_shards_with_ray), ("own", build_shards)):
+            files = [InputFile(path, "paragraph") for path in (BUNDLED, str(bad))]
+            limits = {"num_workers": 2, "max_rejected": 0.1}
+            build_records(str(tmp_path / name), files, plan(), {}, build_shards=how, **limits)
+    finally:
+        ray.shutdown()
+    assert all_bytes(tmp_path / "ray") == all_bytes(tmp_path / "own")
+    rejected = [Path(f"{tmp_path / name}.rejected.jsonl").read_text() for name in ("ray", "own")]
+    assert rejected[0] == rejected[1]
 
 
 def test_one_block_needs_no_other_process(tmp_path, plan, monkeypatch):
@@ -168,14 +187,13 @@ from chatglm import builder, shards
 from chatglm.shards import *
 shards.BLOCK_BYTES = 2000
 def slowly(blocks, *args, **kwargs):
-    for note in build(blocks, *args, **kwargs):
+    for note in builder.build_shards(blocks, *args, **kwargs):
         print(note.name, flush=True)
         time.sleep(0.2)
         yield note
-build, builder.build_shards = builder.build_shards, slowly
 plan = BuildPlan({plan.vocab_file!r}, {plan.special!r}, {plan.rules!r}, "record", 42)
 builder.build_records({str(folder)!r}, [InputFile({BUNDLED!r}, "paragraph")], plan, {{}},
-                      num_workers=2, max_rejected=0.0)
+                      num_workers=2, max_rejected=0.0, build_shards=slowly)
 """
     return [sys.executable, "-c", program]
 

@@ -34,6 +34,7 @@ DOORS = {
     "peft": "tuning",
     "pyarrow": "sources",
     "pytorch_optimizer": "optim",
+    "ray": "ray_workers",
     "rouge_chinese": "scores",
     "rich": "showing data_utils.py",
     "safetensors": "weights tuning checkpoints callbacks old_files conversion",

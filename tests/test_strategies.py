@@ -224,7 +224,9 @@ def test_a_last_window_of_the_prompt_reads_what_no_other_does(case):
     prompt, _, rules, _ = case
     inside, after = windows(case)
     if inside and len(inside) > (prompt - rules.room) // rules.stride + 1:
-        *others, last = ({*sum(parts(sample), [])} for sample in (after[0], *inside))
+        *others, last = (
+            {*context, *learned} for context, learned in map(parts, (after[0], *inside))
+        )
         assert last - set().union(*others)
 
 
