@@ -160,6 +160,15 @@ def test_settings_differ_by_full_names_and_only_where_the_result_does():
     stored["lora_info_args"]["r"] = 4
     stored["scheduler"] = {}
     stored["of_another_version"] = 1
-    del stored["strategy"]
-    expected = ["lora_info_args.r", "of_another_version", "scheduler.T_mult", "seed", "strategy"]
+    expected = ["lora_info_args.r", "of_another_version", "scheduler.T_mult", "seed"]
     assert mine.differing(stored) == expected
+
+
+def test_a_run_from_before_a_setting_goes_on_while_it_is_at_its_default():
+    stored = json.loads(settings().as_json())
+    for name in ("mix_ratio", "seed", "strategy"):
+        del stored[name]
+    assert settings().differing(stored) == []
+    assert settings(seed=1).differing(stored) == ["seed"]
+    changed = settings(data=DataSettings(strategy="double_sliding"))
+    assert changed.differing(stored) == ["strategy"]
