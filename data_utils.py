@@ -42,6 +42,7 @@ train_info_args = {
     "model_name_or_path": "",
     "config_name": None,
     "train_file": ["./data/finetune_train_examples.json"],
+    "train_file_weights": [],
     "eval_file": ["./data/finetune_dev_examples.json"],
     "data_backend": "record",
     "mix_file": [],
@@ -58,6 +59,7 @@ train_info_args = {
     "eval_every_steps": None,
     "early_stopping_patience": None,
     "gradient_accumulation_steps": 1,
+    "drop_last": False,
     "gradient_checkpointing": None,
     "optimizer": "adamw",
     "learning_rate": None,
@@ -163,6 +165,8 @@ class DataHelper:
                 ("train", train.train_file), ("mix", train.mix_file), ("dev", train.eval_file)
             )
         }  # fmt: skip
+        weighted = train.train_file if train.train_file_weights else []
+        self.files_per_entry = corpus.count_files(weighted)
         self.tokenizer: ChatGLMTokenizer
         self.config: ChatGLMConfig
         with self._lock() if train.from_scratch else contextlib.nullcontext():

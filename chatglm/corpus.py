@@ -34,6 +34,27 @@ def expand_files(patterns: list[str]) -> list[str]:
     return files
 
 
+def count_files(entries: list[str]) -> list[int]:
+    """How many files each entry of train_file stands for, when each entry has a weight.
+
+    Raises:
+        ToolkitError: if two entries match the same file, whatever they call it.
+    """
+    counts: list[int] = []
+    matched_by: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        files = expand_files([entry])
+        for path in files:
+            first = matched_by.setdefault(os.path.realpath(path), number)
+            if first != number:
+                raise ToolkitError(
+                    f"{path} is matched by two entries of train_file, {entries[first]} and {entry}:"
+                    " with train_file_weights a file belongs to one"
+                )
+        counts.append(len(files))
+    return counts
+
+
 def read_paragraphs(
     files: list[str], *, data_format: str = "auto", skip_bad: bool = False
 ) -> Iterator[Rounds]:

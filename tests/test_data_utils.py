@@ -153,6 +153,19 @@ def test_mixed_in_files_are_records_of_their_own(helper, tmp_path):
     assert [len(RecordFolder(path)) for path in paths] == [1, 1]
 
 
+def test_other_weights_of_the_files_need_no_new_records(helper, capsys):
+    for weights in ([], [2.0], [0.5]):
+        made = helper([[("你好", "你好！")]], train_file_weights=weights)
+        build(made)
+        assert made.files_per_entry == [1] * len(weights)
+    assert capsys.readouterr().out.count("building") == 1
+
+
+def test_a_file_that_two_entries_name_is_refused_when_they_have_weights(tmp_path):
+    with pytest.raises(ToolkitError, match="matched by two entries of train_file"):
+        make_helper(tmp_path, BUNDLED * 2, [], train_file_weights=[1.0, 2.0])
+
+
 def test_weights_that_are_named_bring_their_own_tokenizer(tmp_path, write_checkpoint, vocabulary):
     ids = {"pad": 3, "mask": 4, "gmask": 6, "bos": 7, "eos": 8}
     ids = {f"{name}_token_id": number for name, number in ids.items()}

@@ -164,11 +164,17 @@ def test_settings_differ_by_full_names_and_only_where_the_result_does():
     assert mine.differing(stored) == expected
 
 
+def test_what_an_epoch_holds_is_part_of_a_run():
+    stored = json.loads(settings().as_json())
+    other = settings(train_file_weights=[2.0], drop_last=True)
+    assert other.differing(stored) == ["drop_last", "train_file_weights"]
+
+
 def test_a_run_from_before_a_setting_goes_on_while_it_is_at_its_default():
     stored = json.loads(settings().as_json())
-    for name in ("mix_ratio", "seed", "strategy"):
+    for name in ("train_file_weights", "drop_last", "strategy"):
         del stored[name]
     assert settings().differing(stored) == []
-    assert settings(seed=1).differing(stored) == ["seed"]
+    assert settings(drop_last=True).differing(stored) == ["drop_last"]
     changed = settings(data=DataSettings(strategy="double_sliding"))
     assert changed.differing(stored) == ["strategy"]
