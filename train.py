@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if not cluster.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    helper = DataHelper(settings)
+    helper = DataHelper(settings, splits=("train", "mix", "dev"))
     settings = resolve_settings(settings, helper.config)
     records, pad = helper.record_folders(), helper.config.pad_token_id
     data = TrainingData(records, pad_token_id=pad, files_per_entry=helper.files_per_entry)

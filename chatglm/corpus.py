@@ -24,7 +24,9 @@ def expand_files(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         found = sorted(glob.glob(pattern))
         if not found:
-            raise ToolkitError(f"{pattern}: no such file; check train_file and eval_file")
+            raise ToolkitError(
+                f"{pattern}: no such file; check train_file, mix_file, eval_file and test_file"
+            )
         for path in found:
             if not os.path.isfile(path):
                 raise ToolkitError(

@@ -25,6 +25,7 @@ FROM_SCRATCH_LEARNING_RATE = 3e-3
 WITHOUT_EFFECT_ON_THE_RESULT = (
     "output_dir",
     "save_dir",
+    "test_file",
     "resume",
     "save_every_steps",
     "rank_timeout_seconds",

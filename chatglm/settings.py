@@ -44,6 +44,8 @@ class TrainSettings:
     """Built samples are TFRecord files, or LMDB files, which take a fifth more room."""
     eval_file: list[str] = field(default_factory=lambda: ["./data/finetune_dev_examples.json"])
     """Files for the dev loss; an empty list turns it off."""
+    test_file: list[str] = field(default_factory=list)
+    """Files that evaluate.py scores; training never reads them."""
     mix_file: list[str] = field(default_factory=list)
     """Files of general data mixed into every epoch, against forgetting."""
     mix_ratio: float = 0.0

@@ -211,6 +211,11 @@ def test_drop_last_says_what_it_leaves_out_and_refuses_to_leave_nothing(fit, sav
         fit(train_batch_size=5, gradient_accumulation_steps=2, drop_last="true")
 
 
+def test_the_test_files_are_not_read_in_training(fit, inputs, saves):
+    fit(max_steps=1, test_file='["./nowhere.json"]')
+    assert not (inputs / "output" / "test").exists()
+
+
 def test_mixed_in_data_is_trained_with_the_others(fit, inputs, monkeypatch, saves):
     seen = []
 
