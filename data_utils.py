@@ -1,6 +1,6 @@
 """Settings to edit, and the building of training records.
 
-python data_utils.py                # build the records of train_file and eval_file
+python data_utils.py                # build the records of train_file, eval_file and test_file
 python data_utils.py --show 3       # and print three samples of each
 python data_utils.py --help         # every setting as a flag
 """
@@ -8,7 +8,7 @@ python data_utils.py --help         # every setting as a flag
 import contextlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,9 @@ train_info_args = {
     "model_name_or_path": "",
     "config_name": None,
     "train_file": ["./data/finetune_train_examples.json"],
+    "train_file_weights": [],
     "eval_file": ["./data/finetune_dev_examples.json"],
+    "test_file": [],
     "data_backend": "record",
     "mix_file": [],
     "mix_ratio": 0.0,
@@ -61,6 +63,7 @@ train_info_args = {
     "eval_every_steps": None,
     "early_stopping_patience": None,
     "gradient_accumulation_steps": 1,
+    "drop_last": False,
     "gradient_checkpointing": None,
     "optimizer": "adamw",
     "learning_rate": None,
@@ -155,18 +158,22 @@ def read_settings(
     return settings.completed(read_json(name) if name else {}), parsed[len(GROUPS) :]
 
 
-class DataHelper:
-    """Builds the tokenizer and the records that the settings ask for."""
+SPLITS = {"train": "train_file", "mix": "mix_file", "dev": "eval_file", "test": "test_file"}
+"""Folders of records, and the settings that name their files."""
 
-    def __init__(self, settings: Settings):
+
+class DataHelper:
+    """Builds the tokenizer and the records that the settings ask for, of all splits or of some."""
+
+    def __init__(self, settings: Settings, *, splits: Iterable[str] = SPLITS):
         self.train, self.data = train, data = settings.train, settings.data
         self.files = {
             split: [InputFile(path, file_format(path, data.data_format))
-                    for path in corpus.expand_files(patterns)]
-            for split, patterns in (
-                ("train", train.train_file), ("mix", train.mix_file), ("dev", train.eval_file)
-            )
+                    for path in corpus.expand_files(getattr(train, SPLITS[split]))]
+            for split in splits
         }  # fmt: skip
+        weighted = train.train_file if train.train_file_weights else []
+        self.files_per_entry = corpus.count_files(weighted)
         self.tokenizer: ChatGLMTokenizer
         self.config: ChatGLMConfig
         with self._lock() if train.from_scratch else contextlib.nullcontext():
@@ -212,7 +219,7 @@ class DataHelper:
         return FileLock(f"{folder}/.lock")
 
     def make_dataset_with_args(self, split: str) -> str | None:
-        """Folder of the records of "train", "mix" or "dev", built now if anything changed.
+        """Folder of the records of "train", "mix", "dev" or "test", built now if anything changed.
 
         None when the split has no files.
         """

@@ -1,6 +1,6 @@
-"""Score a model on a dev set: BLEU-4, ROUGE and perplexity; its answers are kept.
+"""Score a model on a test or dev set: BLEU-4, ROUGE and perplexity; its answers are kept.
 
-python evaluate.py                      # ./best_ckpt/last on the bundled dev set
+python evaluate.py                      # ./best_ckpt/last on test_file, else eval_file
 python evaluate.py --checkpoint /path/to/chatglm-6b --eval_file ./my_dev.json --max_new_tokens 128
 
 Every round of a paragraph is a sample, with the rounds before it in its prompt, as in training.
@@ -10,7 +10,7 @@ both into ASCII. The likeliest token is taken at every step, so that a run can b
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from chatglm.command_line import parse_settings, run_script
@@ -21,6 +21,7 @@ from chatglm.files import written_aside
 from chatglm.formats import Rounds
 from chatglm.settings import DataSettings, at_least
 from chatglm.tuning.adapters import plain_model
+from data_utils import GROUPS
 from models import load_for_inference
 
 
@@ -32,8 +33,11 @@ class EvaluateSettings:
     """Folder or hub name of what is scored: weights, an adapter or a prefix encoder."""
     model_name_or_path: str = ""
     """Weights under an adapter or a prefix encoder; empty: those that it was trained on."""
-    eval_file: str = "./data/finetune_dev_examples.json"
-    """JSON-lines file of question/answer paragraphs, or a pattern for several."""
+    test_file: list[str] | str = field(default_factory=list)
+    """File to score, a pattern for several, or a list of either."""
+    eval_file: list[str] | str = field(default_factory=list)
+    """The same, scored without test_file; without both, train_info_args in data_utils.py names
+    them."""
     output_file: str = "./output/predictions.json"
     """Gets a JSON line a sample; the means go into the .scores.json beside it."""
     eval_batch_size: int = 8
@@ -52,9 +56,36 @@ class EvaluateSettings:
         at_least(self, 4 + DataSettings().ensure_answer_min_length, "max_seq_length")
 
     @property
+    def scored(self) -> str:
+        """The setting whose files are scored."""
+        return "test_file" if self.test_file else "eval_file"
+
+    @property
+    def files(self) -> list[str]:
+        """What is scored."""
+        named = self.test_file or self.eval_file
+        return [named] if named and isinstance(named, str) else list(named)
+
+    @property
     def scores_file(self) -> str:
         """Where the means are written."""
         return f"{self.output_file.removesuffix('.json')}.scores.json"
+
+
+def read_settings(argv: Sequence[str] | None) -> EvaluateSettings:
+    """Of the flags; without test_file and eval_file among them, these are those of training.
+
+    Raises:
+        ToolkitError: if there is nothing to score.
+    """
+    groups = [(EvaluateSettings, {}, "EvaluateSettings")]
+    (settings,) = parse_settings(groups, argv, description="Score a model on a test or dev set.")
+    if not settings.files:
+        (train,) = parse_settings(GROUPS[:1], [], description="")
+        settings = replace(settings, test_file=train.test_file, eval_file=train.eval_file)
+    if not settings.files:
+        raise ToolkitError("test_file and eval_file are both empty: name a file to score")
+    return settings
 
 
 def score(
@@ -83,11 +114,12 @@ def report(summary: dict[str, float], settings: EvaluateSettings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Loss and predictions of the checkpoint, then their scores."""
-    groups = [(EvaluateSettings, {}, "EvaluateSettings")]
-    (settings,) = parse_settings(groups, argv, description="Score a model on a dev set.")
-    paragraphs = list(read_paragraphs(expand_files([settings.eval_file])))
+    settings = read_settings(argv)
+    shown = f"{settings.scored} {', '.join(settings.files)}"
+    paragraphs = list(read_paragraphs(expand_files(settings.files)))
     if not paragraphs:
-        raise ToolkitError(f"{settings.eval_file}: holds no paragraphs")
+        raise ToolkitError(f"{shown}: holds no paragraphs")
+    print(f"scoring {shown}")
     with written_aside(settings.output_file) as output:
         model, tokenizer = load_for_inference(
             settings.checkpoint,

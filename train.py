@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,15 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if not cluster.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    helper = DataHelper(settings)
+    helper = DataHelper(settings, splits=("train", "mix", "dev"))
     settings = resolve_settings(settings, helper.config)
-    data = TrainingData(helper.record_folders(), pad_token_id=helper.config.pad_token_id)
+    records, pad = helper.record_folders(), helper.config.pad_token_id
+    data = TrainingData(records, pad_token_id=pad, files_per_entry=helper.files_per_entry)
     steps = data.total_steps(settings, world_size=cluster.world_size)
     state = find_resume(settings, data.digest())
     with explaining_memory(settings):
         model = build_model(settings, helper.config, total_steps=steps)
         if cluster.is_first:
-            report_before(settings, model, helper.config, data, steps=steps)
+            epoch = data.describe_epoch(settings, world_size=cluster.world_size)
+            report_before(settings, model, helper.config, data, steps=steps, epoch=epoch)
         callbacks = build_callbacks(settings, model, helper.tokenizer, data, state=state)
         trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in data.records)
         metrics = fit(trainer, ChatGLMTraining(model, settings, data), settings, state)
@@ -90,8 +92,10 @@ def save_and_check(model, settings: Settings, tokenizer, batch, state: dict, fol
     check_saved(model, state, settings, folder, {n: batch[n][:2].to(device) for n in names})
 
 
-def report_before(settings: Settings, model, config, data: TrainingData, *, steps: int) -> None:
-    """What will be trained, and whether disk and memory suffice."""
+def report_before(
+    settings: Settings, model, config, data: TrainingData, *, steps: int, epoch: Iterable[str]
+) -> None:
+    """What will be trained, and whether disk and memory suffice; `epoch`: lines about one."""
     train = settings.train
     table = parameter_table(model)
     print(table)
@@ -110,6 +114,8 @@ def report_before(settings: Settings, model, config, data: TrainingData, *, step
         f" {train.learning_rate:g} ({train.optimizer}, {train.scheduler_type}), precision"
         f" {train.precision}"
     )
+    for line in epoch:
+        print(line)
     given = warmup_steps(train, steps)
     if given < train.warmup_steps:
         print(f"warmup_steps {train.warmup_steps} is more than a tenth of the steps: {given}")

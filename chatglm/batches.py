@@ -6,7 +6,8 @@ Pads stand on the right: what stands after <eop> is never seen by a real token, 
 is needed.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .errors import ToolkitError
 from .loss import IGNORE
 from .records import RecordFolder
 from .strategies import Sample
@@ -30,17 +32,45 @@ class Item:
     tokens_per_batch: float
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Samples that follow one another and have one weight: an entry of train_file."""
+
+    num_samples: int
+    weight: float = 1.0
+
+    @property
+    def times(self) -> int:
+        """How often each of them comes in an epoch."""
+        return math.floor(self.weight)
+
+    @property
+    def num_drawn(self) -> int:
+        """How many of them, drawn anew, come once more."""
+        return round((self.weight - self.times) * self.num_samples)
+
+    @property
+    def per_epoch(self) -> int:
+        """The samples that an epoch has of them."""
+        return self.times * self.num_samples + self.num_drawn
+
+
 class BatchPlan(Sampler[list[Item]]):
     """The batches of one process (`rank` of `world_size`) in an epoch.
 
     learned: for every sample of the training set, then of the mixed-in one, its learned tokens.
-    num_mixed: how many samples at the end of `learned` are mixed in; an epoch has all others, and
-    of these a fresh draw, so that they are `mix_ratio` of it.
+    entries: of the training set; empty: an epoch has each of its samples once.
+    num_mixed: how many samples at the end of `learned` are mixed in; an epoch has all others, by
+    their weights, and of these a fresh draw, so that they are `mix_ratio` of it.
+    drop_last: leave out what does not fill the last step.
 
     A loss summed over an optimizer step (`accumulate` batches of every process) and divided by all
     its learned tokens is the same however the step is cut into batches; so tokens_per_batch is
     those tokens over the number of batches, since the gradients of the batches are averaged. The
     last step of an epoch has as many batches as any other; those left without samples get a filler.
+
+    Raises:
+        ToolkitError: if an epoch has no step.
     """
 
     def __init__(
@@ -52,33 +82,60 @@ class BatchPlan(Sampler[list[Item]]):
         rank: int = 0,
         world_size: int = 1,
         shuffle_seed: int | None = None,
+        entries: Sequence[Entry] = (),
         num_mixed: int = 0,
         mix_ratio: float = 0.0,
+        drop_last: bool = False,
     ):
         self.learned, self.num_own = learned, len(learned) - num_mixed
         self.num_mixed, self.batch_size, self.accumulate = num_mixed, batch_size, accumulate
         self.rank, self.world_size, self.shuffle_seed = rank, world_size, shuffle_seed
-        self.num_drawn = round(self.num_own * mix_ratio / (1 - mix_ratio)) if num_mixed else 0
+        self.entries = entries or [Entry(self.num_own)]
+        assert sum(entry.num_samples for entry in self.entries) == self.num_own
+        assert shuffle_seed is not None or not (entries or num_mixed)  # which are drawn
+        own = sum(entry.per_epoch for entry in self.entries)
+        self.num_drawn = round(own * mix_ratio / (1 - mix_ratio)) if num_mixed else 0
+        self.num_samples, step = own + self.num_drawn, batch_size * world_size * accumulate
+        whole, rest = divmod(self.num_samples, step)
+        self.num_left_out = rest if drop_last else 0
+        self.num_steps = whole if drop_last or not rest else whole + 1
         self.epoch, self.start_batch = 0, 0
+        if entries and not own:
+            raise ToolkitError("train_file_weights leave no sample to an epoch: raise them")
+        if drop_last and not whole:
+            raise ToolkitError(
+                f"drop_last leaves nothing of the {self.num_samples:,} samples of an epoch: a step"
+                f" takes {step:,} (train_batch_size {batch_size} x gradient_accumulation_steps"
+                f" {accumulate} x {world_size} devices); make it smaller or leave drop_last off"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls it before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        together = self.batch_size * self.world_size * self.accumulate
-        return -(-(self.num_own + self.num_drawn) // together) * self.accumulate
+        return self.num_steps * self.accumulate
 
     def order(self) -> np.ndarray:
-        """The sample indices of this epoch."""
-        own = np.arange(self.num_own)
+        """The sample indices of this epoch, those that drop_last leaves out at the end."""
         if self.shuffle_seed is None:
-            return own
+            return np.arange(self.num_own)
         generator = np.random.default_rng((self.shuffle_seed, self.epoch))
         drawn = generator.choice(
             self.num_mixed, self.num_drawn, replace=self.num_drawn > self.num_mixed
-        ) if self.num_drawn else np.empty(0, dtype=own.dtype)  # fmt: skip
-        return generator.permutation(np.concatenate([own, drawn + self.num_own]))
+        ) if self.num_drawn else np.empty(0, dtype=int)  # fmt: skip
+        return generator.permutation(np.concatenate([self._own(generator), drawn + self.num_own]))
+
+    def _own(self, generator: np.random.Generator) -> np.ndarray:
+        """The samples of the training set, each as often as its weight says."""
+        parts, first = [], 0
+        for entry in self.entries:
+            samples = np.arange(first, first + entry.num_samples)
+            parts += [samples] * entry.times
+            if entry.num_drawn:
+                parts.append(generator.choice(samples, entry.num_drawn, replace=False))
+            first += entry.num_samples
+        return np.concatenate(parts)
 
     def __iter__(self) -> Iterator[list[Item]]:
         order, together = self.order(), self.batch_size * self.world_size

@@ -25,7 +25,9 @@ def expand_files(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         found = sorted(glob.glob(pattern))
         if not found:
-            raise ToolkitError(f"{pattern}: no such file; check train_file and eval_file")
+            raise ToolkitError(
+                f"{pattern}: no such file; check train_file, mix_file, eval_file and test_file"
+            )
         for path in found:
             if not os.path.isfile(path):
                 raise ToolkitError(
@@ -33,6 +35,27 @@ def expand_files(patterns: list[str]) -> list[str]:
                 )
         files.extend(found)
     return files
+
+
+def count_files(entries: list[str]) -> list[int]:
+    """How many files each entry of train_file stands for, when each entry has a weight.
+
+    Raises:
+        ToolkitError: if two entries match the same file, whatever they call it.
+    """
+    counts: list[int] = []
+    matched_by: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        files = expand_files([entry])
+        for path in files:
+            first = matched_by.setdefault(os.path.realpath(path), number)
+            if first != number:
+                raise ToolkitError(
+                    f"{path} is matched by two entries of train_file, {entries[first]} and {entry}:"
+                    " with train_file_weights a file belongs to one"
+                )
+        counts.append(len(files))
+    return counts
 
 
 def read_paragraphs(

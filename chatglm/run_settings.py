@@ -25,6 +25,7 @@ FROM_SCRATCH_LEARNING_RATE = 3e-3
 WITHOUT_EFFECT_ON_THE_RESULT = (
     "output_dir",
     "save_dir",
+    "test_file",
     "resume",
     "save_every_steps",
     "rank_timeout_seconds",
@@ -145,10 +146,20 @@ class Settings:
         return json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n"
 
     def differing(self, other: dict[str, Any]) -> list[str]:
-        """Names of the settings whose value in `other` would make another run of this one."""
-        own, others = _flat(json.loads(self.as_json())), _flat(other)
+        """Names of the settings whose value in `other` would make another run of this one.
+
+        A setting that `other` lacks is younger than it; its default does what was done before.
+        """
+        own, defaults = (_flat(json.loads(s.as_json())) for s in (self, _defaults()))
+        others = defaults | _flat(other)
         names = (own.keys() | others.keys()) - set(WITHOUT_EFFECT_ON_THE_RESULT)
         return sorted(name for name in names if own.get(name) != others.get(name))
+
+
+def _defaults() -> Settings:
+    return Settings(
+        TrainSettings(), DataSettings(), ModelSettings(), LoraSettings(), AdaLoraSettings()
+    )
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 switches in models.py are the edited values of these classes; command_line.py reads them.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -36,10 +37,15 @@ class TrainSettings:
     pre_seq_len, prefix_projection, quantization_bit or precision, such as config_ptv2.json."""
     train_file: list[str] = field(default_factory=lambda: ["./data/finetune_train_examples.json"])
     """Files to learn: .json, .jsonl, either as .gz, .parquet; patterns too."""
+    train_file_weights: list[float] = field(default_factory=list)
+    """For each entry of train_file, how often its samples come in an epoch, 0.5 or 3 say; empty:
+    once."""
     data_backend: Literal["record", "lmdb"] = "record"
     """Built samples are TFRecord files, or LMDB files, which take a fifth more room."""
     eval_file: list[str] = field(default_factory=lambda: ["./data/finetune_dev_examples.json"])
     """Files for the dev loss; an empty list turns it off."""
+    test_file: list[str] = field(default_factory=list)
+    """Files that evaluate.py scores; training never reads them."""
     mix_file: list[str] = field(default_factory=list)
     """Files of general data mixed into every epoch, against forgetting."""
     mix_ratio: float = 0.0
@@ -70,6 +76,8 @@ class TrainSettings:
     """Stop after so many dev losses without a new lowest; null: never."""
     gradient_accumulation_steps: int = 1
     """Batches summed before an optimizer step."""
+    drop_last: bool = False
+    """Leave out the samples of an epoch that don't fill its last optimizer step."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: a third slower, a fraction of the memory; null:
     for models above a billion parameters."""
@@ -122,6 +130,7 @@ class TrainSettings:
             raise ToolkitError(f"optimizer_betas {self.optimizer_betas}: each is 0 up to below 1")
         if not self.train_file:
             raise ToolkitError("train_file is empty: name at least one file")
+        self._check_weights()
         if self.max_steps == 0 or self.max_steps < -1:
             raise ToolkitError(f"max_steps {self.max_steps}: allowed is -1 (off) or at least 1")
         if self.mix_ratio >= 1:
@@ -135,6 +144,16 @@ class TrainSettings:
         for name in ("early_stopping_patience", "eval_every_steps"):
             if getattr(self, name) is not None and not self.eval_file:
                 raise ToolkitError(f"{name} needs a dev loss: set eval_file")
+
+    def _check_weights(self) -> None:
+        weights, entries = self.train_file_weights, self.train_file
+        if weights and len(weights) != len(entries):
+            raise ToolkitError(
+                f"train_file_weights has {len(weights)} for the {len(entries)} entries of"
+                " train_file: give each entry one, in their order"
+            )
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ToolkitError(f"train_file_weights {weights}: each is above 0 and finite")
 
     @property
     def from_scratch(self) -> bool:

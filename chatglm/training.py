@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from .batches import BatchPlan, SampleDataset, build_loader, longest_batch
+from .batches import BatchPlan, Entry, SampleDataset, build_loader, longest_batch
 from .errors import ToolkitError
 from .guards import check_gradients, check_labels, check_loss, check_scale
 from .optim import build_optimizer
@@ -24,13 +25,29 @@ from .tuning.adapters import plain_model
 
 
 class TrainingData:
-    """The record folders of a run: "train", and maybe "mix" and "dev"."""
+    """The record folders of a run: "train", and maybe "mix" and "dev".
 
-    def __init__(self, records: dict[str, RecordFolder], *, pad_token_id: int):
+    files_per_entry: of train_file, where its entries have weights.
+    """
+
+    def __init__(
+        self,
+        records: dict[str, RecordFolder],
+        *,
+        pad_token_id: int,
+        files_per_entry: Sequence[int] = (),
+    ):
         self.records, self.pad_token_id = records, pad_token_id
+        ends = np.searchsorted(records["train"].index["file"], np.cumsum(files_per_entry))
+        self.samples_per_entry = np.diff(ends, prepend=0).tolist()
         self.to_train = [records[split] for split in ("train", "mix") if split in records]
         lengths = [r.lengths() for r in self.to_train]
         self.tokens, self.learned = (np.concatenate(part) for part in zip(*lengths, strict=True))
+
+    def entries(self, settings: Settings) -> list[Entry]:
+        """Those of train_file with their weights; [] if none are set."""
+        weights = settings.train.train_file_weights
+        return [Entry(*pair) for pair in zip(self.samples_per_entry, weights, strict=True)]
 
     def plan(self, settings: Settings, *, rank: int = 0, world_size: int = 1) -> BatchPlan:
         """The batches of an epoch for one process."""
@@ -41,9 +58,21 @@ class TrainingData:
             rank=rank,
             world_size=world_size,
             shuffle_seed=settings.train.seed,
+            entries=self.entries(settings),
             num_mixed=len(self.records["mix"]) if "mix" in self.records else 0,
             mix_ratio=settings.train.mix_ratio,
+            drop_last=settings.train.drop_last,
         )
+
+    def describe_epoch(self, settings: Settings, *, world_size: int) -> Iterator[str]:
+        """What weights and drop_last make of an epoch, a line each; none without them."""
+        train, plan = settings.train, self.plan(settings, world_size=world_size)
+        for name, entry in zip(train.train_file, self.entries(settings), strict=False):
+            samples, per_epoch = f"{entry.num_samples:,} samples", f"{entry.per_epoch:,} an epoch"
+            yield f"{name}: {samples} x {entry.weight:g} = {per_epoch}"
+        if train.drop_last:
+            left, all_samples = f"{plan.num_left_out:,}", f"{plan.num_samples:,}"
+            yield f"drop_last: {left} of the {all_samples} samples of each epoch are left out"
 
     def steps_per_epoch(self, settings: Settings, *, world_size: int) -> int:
         """Optimizer steps of one pass."""

@@ -1,6 +1,7 @@
 """Padded batches: what is learned, in which order, and that neither pads nor the cut matter."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from chatglm.batches import (
     FILLER,
     BatchPlan,
+    Entry,
     Item,
     SampleDataset,
     build_loader,
@@ -18,6 +20,7 @@ from chatglm.batches import (
     longest_batch,
 )
 from chatglm.configuration import ChatGLMConfig
+from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.records import RecordFolder
 from chatglm.strategies import Sample, SpecialTokens, truncate
@@ -239,6 +242,131 @@ def test_the_gradient_of_an_optimizer_step_is_the_same_however_it_is_cut(model, 
 @given(**sizes, start=st.integers(0, 50))
 def test_a_plan_goes_on_at_a_batch_and_is_whole_in_the_next_epoch(number, start, **options):
     one = plan(number, **options)
+    whole = list(one)
+    one.start_batch = start = min(start, len(whole))
+    assert list(one) == whole[start:]
+    assert list(one) == whole
+
+
+# Weights.
+
+
+def of_entries(entries, **options):
+    return plan(sum(entry.num_samples for entry in entries), entries=entries, **options)
+
+
+def times_each(one, number):
+    """How often each sample comes in the epoch of a plan."""
+    found = [index for batch in indices(one) for index in batch if index != FILLER]
+    return np.bincount(found, minlength=number)
+
+
+weighted = {
+    "entries": st.lists(
+        st.builds(Entry, st.integers(1, 20), st.floats(0.05, 4.0)), min_size=1, max_size=4
+    ).filter(lambda entries: sum(entry.per_epoch for entry in entries)),
+    "batch_size": st.integers(1, 5),
+    "accumulate": st.integers(1, 3),
+    "shuffle_seed": st.integers(0, 2**32 - 1),
+}
+
+
+@given(**weighted, world_size=st.integers(1, 4), epoch=st.integers(0, 9))
+def test_a_weight_says_how_often_a_sample_comes_whatever_the_sizes(
+    entries, world_size, epoch, **options
+):
+    times = 0
+    for rank in range(world_size):
+        one = of_entries(entries, rank=rank, world_size=world_size, **options)
+        one.set_epoch(epoch)
+        times += times_each(one, one.num_own)
+    first = 0
+    for entry in entries:
+        own = times[first : first + entry.num_samples]
+        assert set(own.tolist()) <= {math.floor(entry.weight), math.floor(entry.weight) + 1}
+        assert abs(own.sum() - entry.weight * entry.num_samples) <= 0.5 + 1e-9
+        assert own.sum() == entry.per_epoch
+        first += entry.num_samples
+
+
+@given(
+    number=st.integers(1, 60),
+    num_mixed=st.integers(0, 20),
+    epoch=st.integers(0, 9),
+    shuffle_seed=st.integers(0, 2**32 - 1),
+)
+def test_without_weights_and_with_weights_of_1_the_order_is_the_same_plain_permutation(
+    number, num_mixed, epoch, shuffle_seed
+):
+    generator = np.random.default_rng((shuffle_seed, epoch))
+    mix = {"num_mixed": num_mixed, "mix_ratio": 0.3} if num_mixed else {}
+    wanted = round(number * 0.3 / 0.7) if num_mixed else 0
+    parts = [np.arange(number)]
+    if wanted:
+        drawn = generator.choice(num_mixed, wanted, replace=wanted > num_mixed)
+        parts.append(number + drawn)
+    expected = generator.permutation(np.concatenate(parts)).tolist()
+    for entries in ([], [Entry(1), Entry(number - 1)]):
+        one = plan(
+            number + num_mixed, batch_size=3, shuffle_seed=shuffle_seed, entries=entries, **mix
+        )
+        one.set_epoch(epoch)
+        assert one.order().tolist() == expected
+
+
+def test_every_epoch_draws_others_of_the_samples_of_a_broken_weight():
+    def drawn(epoch):
+        one = of_entries([Entry(100, 0.25)], batch_size=4)
+        one.set_epoch(epoch)
+        return frozenset(one.order().tolist())
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert {len(drawn(epoch)) for epoch in range(30)} == {25}
+    assert len(frozenset.union(*(drawn(epoch) for epoch in range(30)))) > 95
+
+
+def test_the_share_that_is_mixed_in_is_of_the_weighted_epoch():
+    options = {"batch_size": 4, "num_mixed": 50, "mix_ratio": 0.25}
+    one = plan(80, entries=[Entry(10, 2.5), Entry(20, 0.25)], **options)
+    assert one.num_samples == 40 and (one.order() >= 30).sum() == 10
+
+
+def test_weights_that_leave_nothing_are_refused():
+    with pytest.raises(ToolkitError, match="leave no sample to an epoch"):
+        of_entries([Entry(10, 0.01), Entry(3, 0.1)], batch_size=4)
+
+
+# The last step.
+
+
+@given(**weighted, world_size=st.integers(1, 4))
+def test_with_drop_last_there_are_whole_steps_only_and_the_rest_is_the_end_of_the_order(
+    entries, world_size, accumulate, **options
+):
+    sizes = {"world_size": world_size, "accumulate": accumulate, **options}
+    kept = of_entries(entries, **sizes)
+    step = world_size * accumulate * options["batch_size"]
+    if kept.num_samples < step:
+        with pytest.raises(ToolkitError, match=rf"drop_last .* a step takes {step} \("):
+            of_entries(entries, drop_last=True, **sizes)
+        return
+    batches = []
+    for rank in range(world_size):
+        one = of_entries(entries, rank=rank, drop_last=True, **sizes)
+        batches.append(indices(one))
+        assert len(batches[-1]) == len(one) and len(one) % accumulate == 0
+        assert {len(batch) for batch in batches[-1]} == {options["batch_size"]}
+    found = [index for same in zip(*batches, strict=True) for rank in same for index in rank]
+    assert found == kept.order()[: len(found)].tolist()
+    assert len(found) + one.num_left_out == kept.num_samples and one.num_left_out < step
+
+
+@given(**weighted, world_size=st.integers(1, 4), drop_last=st.booleans(), start=st.integers(0, 50))
+def test_a_weighted_plan_goes_on_at_a_batch_and_is_whole_in_the_next_epoch(
+    entries, start, drop_last, **options
+):
+    step = options["batch_size"] * options["world_size"] * options["accumulate"]
+    one = of_entries([*entries, Entry(step)], drop_last=drop_last, **options)
     whole = list(one)
     one.start_batch = start = min(start, len(whole))
     assert list(one) == whole[start:]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import data_utils
-from chatglm.corpus import expand_files, read_paragraphs
+from chatglm.corpus import count_files, expand_files, read_paragraphs
 from chatglm.errors import ToolkitError
 
 GOOD = '{"paragraph": [{"q": "问", "a": "答"}]}'
@@ -102,6 +102,23 @@ def test_files_are_named_or_globbed_in_sorted_order(tmp_path):
 def test_a_pattern_without_files_is_refused_by_name(tmp_path):
     with pytest.raises(ToolkitError, match="absent"):
         expand_files([f"{tmp_path}/absent*.json"])
+
+
+def test_the_files_of_each_entry_are_counted(tmp_path):
+    for name in ("b.json", "a.json", "c.txt"):
+        (tmp_path / name).write_text(GOOD)
+    assert count_files([f"{tmp_path}/*.json", f"{tmp_path}/c.txt"]) == [2, 1]
+
+
+def test_a_file_that_two_entries_match_is_refused_by_name_however_it_is_called(tmp_path):
+    (tmp_path / "a.json").write_text(GOOD)
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
+    plain = f"{tmp_path}/a.json"
+    for other in (plain, f"{tmp_path}/../{tmp_path.name}/a.json", f"{tmp_path}/link.json"):
+        with pytest.raises(ToolkitError, match=r"\.json is matched by two entries of train_file"):
+            count_files([plain, other])
+    with pytest.raises(ToolkitError, match=rf"{plain} is matched by .*, {plain} and .*\*\.json:"):
+        count_files([plain, f"{tmp_path}/*.json"])
 
 
 def test_a_folder_in_the_place_of_a_file_is_a_toolkit_error(tmp_path):

@@ -19,7 +19,7 @@ from chatglm.settings import (
     TrainSettings,
 )
 from chatglm.tokenizer import ChatGLMTokenizer
-from data_utils import DataHelper
+from data_utils import SPLITS, DataHelper
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = [str(ROOT / "data" / "finetune_train_examples.json")]
@@ -50,11 +50,13 @@ def helper(tmp_path, monkeypatch, vocabulary):
 
 def make_helper(folder, train, dev, **settings):
     least = settings.pop("ensure_answer_min_length", 1)
+    splits = settings.pop("splits", SPLITS)
     settings = {"config_name": str(ROOT / "config" / "config_tiny.json"), **settings}
     output = str(folder / "output")
     train = TrainSettings(train_file=train, eval_file=dev, output_dir=output, **settings)
     data = DataSettings(ensure_answer_min_length=least)
-    return DataHelper(Settings(train, data, ModelSettings(), LoraSettings(), AdaLoraSettings()))
+    groups = (train, data, ModelSettings(), LoraSettings(), AdaLoraSettings())
+    return DataHelper(Settings(*groups), splits=splits)
 
 
 def build(helper):
@@ -151,6 +153,30 @@ def test_mixed_in_files_are_records_of_their_own(helper, tmp_path):
     paths = [made.make_dataset_with_args(split) for split in ("train", "mix")]
     assert [Path(path).name for path in paths] == ["train", "mix"]
     assert [len(RecordFolder(path)) for path in paths] == [1, 1]
+
+
+def test_test_files_are_records_of_their_own_which_training_does_not_look_for(helper, tmp_path):
+    rounds = [[("你好", "你好！")]]
+    made = helper(rounds, test_file=[str(tmp_path / "data.json")])
+    assert Path(made.make_dataset_with_args("test")).name == "test"
+    assert set(made.record_folders()) == {"train", "test"}
+    absent = {"test_file": ["./nowhere.json"]}
+    assert set(helper(rounds, splits=("train", "dev"), **absent).record_folders()) == {"train"}
+    with pytest.raises(ToolkitError, match="nowhere"):
+        helper(rounds, **absent)
+
+
+def test_other_weights_of_the_files_need_no_new_records(helper, capsys):
+    for weights in ([], [2.0], [0.5]):
+        made = helper([[("你好", "你好！")]], train_file_weights=weights)
+        build(made)
+        assert made.files_per_entry == [1] * len(weights)
+    assert capsys.readouterr().out.count("building") == 1
+
+
+def test_a_file_that_two_entries_name_is_refused_when_they_have_weights(tmp_path):
+    with pytest.raises(ToolkitError, match="matched by two entries of train_file"):
+        make_helper(tmp_path, BUNDLED * 2, [], train_file_weights=[1.0, 2.0])
 
 
 def test_weights_that_are_named_bring_their_own_tokenizer(tmp_path, write_checkpoint, vocabulary):

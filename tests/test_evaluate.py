@@ -21,6 +21,7 @@ from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.prompts import build_prompt
 from chatglm.records import RecordFolder
 from chatglm.scores import METRICS, mean_scores
+from chatglm.settings import TrainSettings
 from chatglm.tokenizer import train_tokenizer
 from chatglm.training import ChatGLMTraining, TrainingData
 from chatglm.weights import load_config, load_pretrained
@@ -216,6 +217,34 @@ def test_weights_whose_loss_is_not_a_number_are_refused(checkpoint, tmp_path, mo
     monkeypatch.setattr(evaluate, "load_for_inference", lambda *a, **k: (model, tokenizer))
     with pytest.raises(ToolkitError, match="the loss is nan"):
         evaluate.main(arguments(tmp_path))
+
+
+def test_the_test_files_are_scored_before_the_dev_files_and_flags_before_the_dict(monkeypatch):
+    named = {}
+    monkeypatch.setattr(evaluate, "GROUPS", [(TrainSettings, named, "train_info_args")])
+
+    def chosen(*flags):
+        settings = evaluate.read_settings(flags)
+        return settings.scored, settings.files
+
+    assert chosen() == ("eval_file", ["./data/finetune_dev_examples.json"])
+    named |= {"eval_file": ["dev.json"], "test_file": ["test.json", "t*.jsonl"]}
+    assert chosen() == ("test_file", ["test.json", "t*.jsonl"])
+    assert chosen("--eval_file=d.json") == ("eval_file", ["d.json"])
+    assert chosen("--eval_file=d.json", '--test_file=["a", "b"]') == ("test_file", ["a", "b"])
+    named |= {"eval_file": [], "test_file": []}
+    for flags in ((), ("--eval_file=",)):
+        with pytest.raises(ToolkitError, match="both empty: name a file to score"):
+            chosen(*flags)
+
+
+def test_what_is_scored_is_said_and_kept(loaded, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_for_inference", lambda *a, **k: loaded)
+    path = write_paragraphs(tmp_path / "test.json", UNKNOWN)
+    evaluate.main(arguments(tmp_path, test_file=path))
+    assert f"scoring test_file {path}\n" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "new" / "predictions.scores.json").read_text())
+    assert summary["samples"] == 1 and summary["settings"]["test_file"] == path
 
 
 def test_a_file_without_paragraphs_is_refused(tmp_path):

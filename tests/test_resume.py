@@ -215,6 +215,7 @@ VARIANTS = {  # where to cut, of 6 batches and 3 optimizer steps an epoch, and t
     "steps that end in an epoch": ((6, 7), {"max_steps": 5}),
     "steps that end in an epoch, dev runs by epochs": ((6, 8), {**BY_EPOCHS, "max_steps": 5}),
     "no dev set": ((6, 7), {**BY_EPOCHS, "eval_file": "[]"}),
+    "weights and drop_last": ((3, 7), {"train_file_weights": "[1.6]", "drop_last": "true"}),
     "a schedule of cycles": ((3, 7), {"scheduler_type": "CAWR", "warmup_steps": 2}),
 }
 CUTS = [(name, at) for name, (cuts, _) in VARIANTS.items() for at in cuts]

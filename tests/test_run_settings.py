@@ -152,7 +152,8 @@ def test_settings_differ_by_full_names_and_only_where_the_result_does():
     mine = settings(scheduler_type="CAWR", scheduler={"T_mult": 2.0}).completed({})
     stored = json.loads(mine.as_json())
     assert mine.differing(stored) == []
-    for name in ("output_dir", "save_dir", "resume", "save_every_steps", "rank_timeout_seconds"):
+    for name in ("output_dir", "save_dir", "test_file", "resume", "save_every_steps",
+                 "rank_timeout_seconds"):  # fmt: skip
         assert name in stored
         stored[name] = "other"
     assert mine.differing(stored) == []
@@ -160,6 +161,21 @@ def test_settings_differ_by_full_names_and_only_where_the_result_does():
     stored["lora_info_args"]["r"] = 4
     stored["scheduler"] = {}
     stored["of_another_version"] = 1
-    del stored["strategy"]
-    expected = ["lora_info_args.r", "of_another_version", "scheduler.T_mult", "seed", "strategy"]
+    expected = ["lora_info_args.r", "of_another_version", "scheduler.T_mult", "seed"]
     assert mine.differing(stored) == expected
+
+
+def test_what_an_epoch_holds_is_part_of_a_run():
+    stored = json.loads(settings().as_json())
+    other = settings(train_file_weights=[2.0], drop_last=True)
+    assert other.differing(stored) == ["drop_last", "train_file_weights"]
+
+
+def test_a_run_from_before_a_setting_goes_on_while_it_is_at_its_default():
+    stored = json.loads(settings().as_json())
+    for name in ("train_file_weights", "drop_last", "test_file", "strategy"):
+        del stored[name]
+    assert settings().differing(stored) == []
+    assert settings(drop_last=True).differing(stored) == ["drop_last"]
+    changed = settings(data=DataSettings(strategy="double_sliding"))
+    assert changed.differing(stored) == ["strategy"]

@@ -1,5 +1,6 @@
 """Settings as typed groups: what is shipped, and what each allows."""
 
+import math
 from dataclasses import asdict
 
 import pytest
@@ -35,6 +36,14 @@ def test_every_group_of_settings_is_shipped():
         (TrainSettings, {"learning_rate": float("nan")}, "learning_rate nan"),
         (TrainSettings, {"optimizer_betas": (2.0, 3.0)}, "optimizer_betas"),
         (TrainSettings, {"train_file": []}, "train_file is empty"),
+        (
+            TrainSettings,
+            {"train_file": ["a", "b"], "train_file_weights": [1.0]},
+            "has 1 for the 2 entries of train_file: give each entry one",
+        ),
+        (TrainSettings, {"train_file_weights": [0.0]}, r"weights \[0.0\]: each is above 0"),
+        (TrainSettings, {"train_file_weights": [math.inf]}, "train_file_weights .*inf.* finite"),
+        (TrainSettings, {"train_file_weights": [math.nan]}, "train_file_weights .*nan"),
         (TrainSettings, {"max_steps": 0}, "max_steps 0"),
         (TrainSettings, {"max_steps": -2}, "max_steps -2"),
         (TrainSettings, {"mix_file": ["a"], "mix_ratio": 1.0}, "mix_ratio 1.0"),

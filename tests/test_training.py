@@ -184,6 +184,38 @@ def test_an_update_is_the_same_however_it_is_accumulated(fit, tmp_path):
             torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
 
 
+def test_a_weighted_file_is_trained_as_often_as_is_said(
+    fit, inputs, monkeypatch, saves, capsys, tmp_path
+):
+    seen = []
+
+    def remember(self, batch, batch_index):
+        seen.extend(batch["sample_index"].tolist())
+
+    monkeypatch.setattr(ChatGLMTraining, "on_train_batch_start", remember)
+    train_file = [str(inputs / "train.json"), str(inputs / "mi*.json")]
+    options = {"train_file": json.dumps(train_file), "output_dir": tmp_path / "output"}
+    assert fit(**options, train_file_weights="[0.67, 2]").global_step == 15
+    times = [seen.count(index) for index in range(21)]
+    assert sorted(times[:9]) == [0] * 3 + [1] * 6 and times[9:] == [2] * 12
+    said = capsys.readouterr().out
+    assert f"{train_file[0]}: 9 samples x 0.67 = 6 an epoch\n" in said
+    assert f"{train_file[1]}: 12 samples x 2 = 24 an epoch\n" in said
+
+
+def test_drop_last_says_what_it_leaves_out_and_refuses_to_leave_nothing(fit, saves, capsys):
+    assert fit(max_epochs=2, drop_last="true").global_step == 8
+    line = "drop_last: 1 of the 9 samples of each epoch are left out\n"
+    assert capsys.readouterr().out.count(line) == 1
+    with pytest.raises(ToolkitError, match=r"the 9 samples of an epoch: a step takes 10 \(train_b"):
+        fit(train_batch_size=5, gradient_accumulation_steps=2, drop_last="true")
+
+
+def test_the_test_files_are_not_read_in_training(fit, inputs, saves):
+    fit(max_steps=1, test_file='["./nowhere.json"]')
+    assert not (inputs / "output" / "test").exists()
+
+
 def test_mixed_in_data_is_trained_with_the_others(fit, inputs, monkeypatch, saves):
     seen = []
 
