@@ -1,0 +1,148 @@
+// Attention of one new token a row over the filled part of its cache, rotary positions included.
+//
+// A block takes KEYS keys of one head and row; the last block of a head to finish joins the parts
+// (flash decoding, Dao et al. 2023). The block at the cache's end puts the new key and value there.
+// Compiled for MOST_KEYS, the room of the cache that is looked at.
+
+#define D 128
+#define KEYS 64
+#define THREADS 128
+#define SPLITS ((MOST_KEYS + KEYS - 1) / KEYS)
+static_assert(SPLITS <= 32, "a warp joins the parts");
+#define STEPS (KEYS / 8)  // 16 lanes hold a key, 128 threads 8 of them
+
+// One of the D values of a head, turned by its position; the fellow of i in its half's quarter.
+DEVICE float rotated(const u16* head, int i, const float* cosines, const float* sines) {
+    const int angle = i % 32;
+    const float x = to_float(head[i]), fellow = to_float(head[i ^ 32]);
+    const float turned = (i % 64) < 32 ? -fellow : fellow;
+    return x * cosines[angle] + turned * sines[angle];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) attention(
+    const u16* mixed, u16* keys, u16* values, const float* cosines, const float* sines,
+    const int* lengths, const int* text_positions, const int* first_blocks, float* parts,
+    int* counters, u16* out, int heads, int capacity, float scale) {
+    let_next_start();
+    const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, i = threadIdx.x;
+    const int length = lengths[row];  // of the cache, the new token not counted
+    const int first = split * KEYS;
+    if (first > length) return;
+    __shared__ float query[D], new_key[D], new_value[D], sums[THREADS / 32][D];
+    __shared__ float scores[KEYS], warp_weights[THREADS / 32];
+    __shared__ bool is_last;
+    const int lane = i % 16, slot = i / 16;
+    const long long place = ((long long)row * heads + head) * capacity * D;
+    // All of the block's keys and values are asked for before anything else.
+    uint4 k[STEPS], v[STEPS];
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        const int key = first + s * 8 + slot;
+        k[s] = v[s] = make_uint4(0, 0, 0, 0);
+        if (key < length) {
+            k[s] = *(const uint4*)(keys + place + (long long)key * D + lane * 8);
+            v[s] = *(const uint4*)(values + place + (long long)key * D + lane * 8);
+        }
+    }
+    wait_for_previous();  // what stands above was written a step ago
+    const u16* own = mixed + ((long long)row * heads + head) * 3 * D;
+    const int position = i < 64 ? text_positions[row] : length - first_blocks[row];
+    const float *cosine = cosines + position * 64, *sine = sines + position * 64;
+    query[i] = to_float(from_float(rotated(own, i, cosine, sine)));
+    const bool at_end = length < first + KEYS;
+    if (at_end) {
+        const u16 key = from_float(rotated(own + D, i, cosine, sine)), value = own[2 * D + i];
+        keys[place + (long long)length * D + i] = key;
+        values[place + (long long)length * D + i] = value;
+        new_key[i] = to_float(key);
+        new_value[i] = to_float(value);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        const int key = first + s * 8 + slot;
+        const u32* p = (const u32*)&k[s];
+        float dot = 0;
+        if (key == length) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) dot += query[lane * 8 + j] * new_key[lane * 8 + j];
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                dot += query[lane * 8 + 2 * j] * low(p[j]) + query[lane * 8 + 2 * j + 1] * high(p[j]);
+        }
+#pragma unroll
+        for (int step = 8; step; step >>= 1) dot += __shfl_xor_sync(0xffffffff, dot, step);
+        if (lane == 0) scores[s * 8 + slot] = key <= length ? dot * scale : -1e30f;
+    }
+    __syncthreads();
+    float most = -1e30f, weights = 0;
+#pragma unroll 16
+    for (int s = 0; s < KEYS; s++) most = fmaxf(most, scores[s]);
+    float sum[8] = {};
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        const int key = first + s * 8 + slot;
+        const float weight = key <= length ? __expf(scores[s * 8 + slot] - most) : 0.f;
+        const u32* p = (const u32*)&v[s];
+        weights += weight;
+        if (key == length) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] += weight * new_value[lane * 8 + j];
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                sum[2 * j] += weight * low(p[j]);
+                sum[2 * j + 1] += weight * high(p[j]);
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] += __shfl_xor_sync(0xffffffff, sum[j], 16);
+    weights += __shfl_xor_sync(0xffffffff, weights, 16);  // of the warp's two keys a step
+    if (i % 32 < 16) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[i / 32][lane * 8 + j] = sum[j];
+        if (lane == 0) warp_weights[i / 32] = weights;
+    }
+    __syncthreads();
+    const float total = sums[0][i] + sums[1][i] + sums[2][i] + sums[3][i];
+    const float all = warp_weights[0] + warp_weights[1] + warp_weights[2] + warp_weights[3];
+    const int used = length / KEYS + 1;
+    u16* to = out + ((long long)row * heads + head) * D;
+    if (used == 1) {
+        to[i] = from_float(total / all);
+        return;
+    }
+    // Of a part: its D sums, then its largest score and the sum of its weights.
+    float* all_parts = parts + ((long long)row * heads + head) * SPLITS * (D + 2);
+    float* part = all_parts + split * (D + 2);
+    part[i] = total;
+    if (i == 0) {
+        part[D] = most;
+        part[D + 1] = all;
+    }
+    __threadfence();
+    __syncthreads();
+    if (i == 0) is_last = atomicAdd(counters + row * heads + head, 1) == used - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    __shared__ float factors[SPLITS];
+    if (i < used) factors[i] = __ldcg(all_parts + i * (D + 2) + D);
+    float share = i < used ? __ldcg(all_parts + i * (D + 2) + D + 1) : 0;
+    __syncthreads();
+    float top = -1e30f;
+    for (int s = 0; s < used; s++) top = fmaxf(top, factors[s]);
+    __syncthreads();
+    const float factor = i < used ? __expf(factors[i] - top) : 0;
+    if (i < used) factors[i] = factor;
+    share = warp_sum(share * factor);  // SPLITS is 32 at most
+    if (i == 0) scores[0] = share;
+    __syncthreads();
+    float value = 0;
+#pragma unroll 8
+    for (int s = 0; s < used; s++) value += factors[s] * __ldcg(all_parts + s * (D + 2) + i);
+    to[i] = from_float(value / scores[0]);
+    if (i == 0) counters[row * heads + head] = 0;
+}

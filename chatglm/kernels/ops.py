@@ -1,0 +1,144 @@
+"""The kernels as functions of tensors. B rows, K in, N out, H heads, D head width.
+
+Everything is fp16 or bf16 on one GPU. What a kernel can't do is said by the `supports_` functions,
+before it is asked for.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .compiler import get_kernel
+
+THREADS, ROWS_PER_TILE, BLOCKS_PER_SM = 256, 16, 2
+MOST_ROWS = 32
+TUNE = (4, 2, 2)
+ORDER = 0
+_BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by the 8 warps of a block
+_HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm before a product: weight and bias (K,), and epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+
+def bits_of(weight: Tensor, in_features: int) -> int:
+    """16, 8 or 4, of a weight (N, K) of half precision or int8, or (N, K / 2) of packed int4."""
+    return 16 if weight.is_floating_point() else 8 * weight.shape[1] // in_features
+
+
+def supports_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes x (.., K) and the weight: a GPU from sm_75 on, shapes in whole steps."""
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    in_features, (out_features, stored) = x.shape[-1], weight.shape
+    capability = torch.cuda.get_device_capability(x.device)
+    enough = capability >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 5))
+    row_bytes = stored * weight.element_size()
+    fits = row_bytes % _BYTES_PER_STEP == 0 and out_features % ROWS_PER_TILE == 0
+    return enough and fits and weight.is_contiguous() and in_features % 256 == 0
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    normed: Tensor | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x (B, K) times the weight's transpose, (B, N), for B up to MOST_ROWS.
+
+    weight: (N, K) in x's dtype, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16. norm:
+    x goes through it first, and is written to normed (B, K) so. gelu: the tanh kind, after the
+    bias. residual (B, N): alpha times it is added at the end. Sums are fp32 throughout.
+    """
+    (rows, in_features), out_features = x.shape, weight.shape[0]
+    bits = bits_of(weight, in_features)
+    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
+    steps = weight.shape[1] * weight.element_size() // _BYTES_PER_STEP
+    U, MB, PS = TUNE
+    unroll = next(n for n in (8, 4, 2, 1) if steps % n == 0 and n <= U)
+    defines = [f"BITS={bits}", f"IN_FEATURES={in_features}", f"TILES={tiles}", f"UNROLL={unroll}"]
+    defines += [f"MIN_BLOCKS={MB}", f"ORDER={ORDER}"]
+    asked = {"NORM": norm, "BIAS": bias, "GELU": gelu or None, "RESIDUAL": residual}
+    defines += [name for name, value in asked.items() if value is not None]
+    if x.dtype == torch.bfloat16:
+        defines.append("BF16")
+    shared_bytes = rows_shared_bytes(rows, in_features) if norm else 0
+    kernel = get_kernel("linear", x.device.index, tuple(defines), shared_bytes)
+    out = x.new_empty(rows, out_features) if out is None else out
+    blocks = min(out_features // ROWS_PER_TILE, PS * num_processors(x.device.index))
+    epsilon = norm.epsilon if norm else 0.0
+    norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
+    kernel.launch(
+        (blocks, 1, 1),
+        THREADS,
+        [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, rows,
+         out_features, epsilon, float(alpha)],
+    )  # fmt: skip
+    return out
+
+
+def rows_shared_bytes(rows: int, in_features: int) -> int:
+    """Shared memory that normed rows of x take; in steps, so that few kernels are made."""
+    steps = rows if rows <= 2 else 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 32
+    return steps * (in_features + 32) * 2
+
+
+def num_processors(device: int) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class AttentionWorkspace:
+    """What the parts of one step's attention are joined through; rows B, room in keys."""
+
+    def __init__(self, rows: int, heads: int, most_keys: int, device: torch.device):
+        self.most_keys, self.splits = most_keys, -(-most_keys // _KEYS_PER_BLOCK)
+        shape = (rows, heads, self.splits, _HEAD_WIDTH + 2)
+        self.parts = torch.empty(shape, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(rows, heads, dtype=torch.int32, device=device)
+
+
+def attention(
+    mixed: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    lengths: Tensor,
+    text_positions: Tensor,
+    first_blocks: Tensor,
+    workspace: AttentionWorkspace,
+    out: Tensor,
+) -> Tensor:
+    """One new token a row over its cache: mixed (B, 3 H D), query, key and value per head, to (B, H D).
+
+    keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
+    sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
+    lengths - first_blocks (B,).
+    """
+    rows, heads, capacity, width = keys.shape
+    defines = [f"MOST_KEYS={workspace.most_keys}"]
+    if mixed.dtype == torch.bfloat16:
+        defines.append("BF16")
+    kernel = get_kernel("attention", mixed.device.index, tuple(defines))
+    kernel.launch(
+        (workspace.splits, heads, rows),
+        _ATTENTION_THREADS,
+        [mixed, keys, values, *rotary, lengths, text_positions, first_blocks, workspace.parts,
+         workspace.counters, out, heads, capacity, width**-0.5],
+    )  # fmt: skip
+    return out
