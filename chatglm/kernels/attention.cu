@@ -12,20 +12,20 @@ static_assert(SPLITS <= 32, "a warp joins the parts");
 #define STEPS (KEYS / 8)  // 16 lanes hold a key, 128 threads 8 of them
 
 // One of the D values of a head, turned by its position; the fellow of i in its half's quarter.
-DEVICE float rotated(const u16* head, int i, const float* cosines, const float* sines) {
-    const int angle = i % 32;
+DEVICE float rotated(const u16* head, int i, float cosine, float sine) {
     const float x = to_float(head[i]), fellow = to_float(head[i ^ 32]);
     const float turned = (i % 64) < 32 ? -fellow : fellow;
-    return x * cosines[angle] + turned * sines[angle];
+    return x * cosine + turned * sine;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention(
     const u16* mixed, u16* keys, u16* values, const float* cosines, const float* sines,
     const int* lengths, const int* text_positions, const int* first_blocks, float* parts,
-    int* counters, u16* out, int heads, int capacity, float scale) {
+    int* counters, u16* out, int heads, int capacity, float scale, const u8* next, int next_bytes) {
     let_next_start();
+    prefetch_share(next, next_bytes, (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x);
     const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, i = threadIdx.x;
-    const int length = lengths[row];  // of the cache, the new token not counted
+    const int length = __ldcg(lengths + row);  // of the cache, the new token not counted
     const int first = split * KEYS;
     if (first > length) return;
     __shared__ float query[D], new_key[D], new_value[D], sums[THREADS / 32][D];
@@ -40,14 +40,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
         const int key = first + s * 8 + slot;
         k[s] = v[s] = make_uint4(0, 0, 0, 0);
         if (key < length) {
-            k[s] = *(const uint4*)(keys + place + (long long)key * D + lane * 8);
-            v[s] = *(const uint4*)(values + place + (long long)key * D + lane * 8);
+            k[s] = __ldcg((const uint4*)(keys + place + (long long)key * D + lane * 8));
+            v[s] = __ldcg((const uint4*)(values + place + (long long)key * D + lane * 8));
         }
     }
+    const int position = i < 64 ? text_positions[row] : length - first_blocks[row];
+    const float cosine = cosines[position * 64 + i % 32], sine = sines[position * 64 + i % 32];
     wait_for_previous();  // what stands above was written a step ago
     const u16* own = mixed + ((long long)row * heads + head) * 3 * D;
-    const int position = i < 64 ? text_positions[row] : length - first_blocks[row];
-    const float *cosine = cosines + position * 64, *sine = sines + position * 64;
     query[i] = to_float(from_float(rotated(own, i, cosine, sine)));
     const bool at_end = length < first + KEYS;
     if (at_end) {

@@ -31,7 +31,7 @@ class KernelError(RuntimeError):
 
 
 class _LaunchConfig(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared_bytes")),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.c_void_p),
@@ -40,7 +40,7 @@ class _LaunchConfig(ctypes.Structure):
 
 
 class _LaunchAttribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]  # noqa: RUF012
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
 
 
 @functools.cache
@@ -174,9 +174,7 @@ def _as_argument(value: Any) -> Any:
 
 
 @functools.cache
-def get_kernel(
-    name: str, device: int, defines: tuple[str, ...], shared_bytes: int = 0
-) -> Kernel:
+def get_kernel(name: str, device: int, defines: tuple[str, ...], shared_bytes: int = 0) -> Kernel:
     """The kernel NAME of NAME.cu with these defines, compiled and loaded once.
 
     Raises:

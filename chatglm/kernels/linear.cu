@@ -1,7 +1,7 @@
 // out (B, N) = x (B, K) times the weight (N, K) of BITS 16, 8 or 4, for few rows x.
 //
-// Compiled for BITS, K (IN_FEATURES), TILES of 8 rows of x, whether a layer norm comes before
-// (NORM) and what comes after (BIAS, GELU, RESIDUAL). A block of 8 warps takes 16 rows of the
+// Compiled for BITS, K (IN_FEATURES), TILES of 8 rows of x, whether x is put into shared memory
+// (STAGED), through a layer norm (NORM), and what comes after (BIAS, GELU, RESIDUAL). A block of 8 warps takes 16 rows of the
 // weight at a time; each warp takes an eighth of K, and the eighths are added in shared memory.
 // The products are tensor core ones, m16n8k16: with B = 1 seven eighths of them are of zeros, but
 // the time is that of reading the weight. The order of k within a product is free as long as weight
@@ -13,16 +13,6 @@
 #define ROW_VECTORS (IN_FEATURES / PER_VECTOR)     // 16-byte vectors of a weight row
 #define ITERATIONS (ROW_VECTORS / 4 / WARPS)       // a warp reads 4 vectors of 16 rows in each
 #define GROUPS (ITERATIONS / UNROLL)
-#ifndef ORDER
-#define ORDER 0
-#endif
-#if ORDER == 0   // a warp's steps are neighbours
-#define PLACE(warp, i) ((warp) * ITERATIONS + (i))
-#elif ORDER == 1 // a block's are
-#define PLACE(warp, i) ((i) * WARPS + (warp))
-#else            // pairs
-#define PLACE(warp, i) (((i) / 2 * WARPS + (warp)) * 2 + (i) % 2)
-#endif
 #define STRIDE (IN_FEATURES + 32)                  // of x in shared memory, against bank conflicts
 #define ROWS (TILES * 8)
 #define OUTPUTS ((ROWS * 16 + THREADS - 1) / THREADS)  // of a tile, a thread
@@ -121,19 +111,22 @@ struct Weights {
 DEVICE void load(Weights& w, const uint4* rows, int warp, int first) {
 #pragma unroll
     for (int i = 0; i < UNROLL; i++) {
-        const uint4* from = rows + PLACE(warp, first + i) * 4;
+        const uint4* from = rows + (warp * ITERATIONS + first + i) * 4;
         w.upper[i] = load_once(from);
         w.lower[i] = load_once(from + 8 * ROW_VECTORS);
     }
 }
 
-#ifdef NORM
+#ifdef STAGED
 // Eights of x as they are read together: one of each of the four lanes that share a row.
 DEVICE int staged_place(int i) {
     constexpr int eights = PER_VECTOR / 8;
     const int within = i % (4 * eights);
     return i - within + within % eights * 4 + within / eights;
 }
+#endif
+
+#ifdef NORM
 
 DEVICE void normalise(uint4& x, const uint4& weight, const uint4& bias, float mean, float scale) {
     u32* p = (u32*)&x;
@@ -224,10 +217,10 @@ DEVICE void normalise_rows(const u16* x, u16* to, u16* copy, const u16* weight, 
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) linear(
     const u16* x, const uint4* weight, const u16* scale, const u16* bias, u16* out,
     const u16* norm_weight, const u16* norm_bias, u16* normed, const u16* residual,
-    int rows, int out_features, float epsilon, float alpha) {
+    int rows, int out_features, float epsilon, float alpha, const u8* next, int next_bytes) {
     let_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
     const int tiles = out_features / 16;
@@ -241,9 +234,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
     if (rows == 1) load(norm, norm_weight, norm_bias);
 #endif
     wait_for_previous();
-#ifdef NORM
+#ifdef STAGED
     extern __shared__ uint4 staged[];
     u16* xs = (u16*)staged;
+    const int stride = STRIDE;
+#ifdef NORM
     u16* copy = blockIdx.x == 0 ? normed : 0;
     if (rows == 1) {
         normalise_one(x, xs, copy, norm, epsilon, &sums[0][0][0][0]);
@@ -253,15 +248,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
                            copy ? copy + row * IN_FEATURES : 0, norm_weight, norm_bias, epsilon,
                            lane);
     }
+#else
+    for (int row = 0; row < rows; row++) {
+#pragma unroll 8
+        for (int i = threadIdx.x; i < IN_FEATURES / 8; i += THREADS) {
+            uint4 v = ((const uint4*)(x + row * IN_FEATURES))[i];
+            order_like_weights(v);
+            ((uint4*)(xs + row * STRIDE))[staged_place(i)] = v;
+        }
+    }
+#endif
     __syncthreads();
-    const int stride = STRIDE;
 #else
     const u16* xs = x;
     const int stride = IN_FEATURES;
 #endif
     for (int buffer = 0; tile < tiles; buffer ^= 1) {
         float c[TILES][2][4] = {};  // two chains of products, since each waits for the one before
-        const int next = tile + gridDim.x;
+        const int following = tile + gridDim.x;
+        if (following >= tiles) prefetch_share(next, next_bytes, blockIdx.x);
         // What is added at the end is asked for at the beginning.
         float factor[OUTPUTS], addend[OUTPUTS];
 #pragma unroll
@@ -285,14 +290,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
             Weights ahead;
             if (g + 1 < GROUPS)
                 load(ahead, mine + (long long)tile * 16 * ROW_VECTORS, warp, (g + 1) * UNROLL);
-            else if (next < tiles)
-                load(ahead, mine + (long long)next * 16 * ROW_VECTORS, warp, 0);
+            else if (following < tiles)
+                load(ahead, mine + (long long)following * 16 * ROW_VECTORS, warp, 0);
 #pragma unroll
             for (int i = 0; i < UNROLL; i++) {
-                const int step = PLACE(warp, g * UNROLL + i) * 4;
+                const int step = (warp * ITERATIONS + g * UNROLL + i) * 4;
 #pragma unroll
                 for (int j = 0; j < PER_VECTOR / 8; j++) {
-#ifdef NORM
+#ifdef STAGED
                     const int k = step * PER_VECTOR + (j * 4 + part) * 8;
 #else
                     const int k = (step + part) * PER_VECTOR + j * 8;
@@ -305,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
                         const int row = n * 8 + group;
                         uint4 v = make_uint4(0, 0, 0, 0);
                         if (row < rows) v = *(const uint4*)(xs + row * stride + k);
-#ifndef NORM
+#ifndef STAGED
                         order_like_weights(v);
 #endif
                         multiply(c[n][0], a[0], b[0], a[1], b[1], v.x, v.y);
@@ -337,6 +342,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
 #endif
             out[row * out_features + tile * 16 + i % 16] = from_float(value);
         }
-        tile = next;
+        tile = following;
     }
 }

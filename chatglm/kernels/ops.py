@@ -13,9 +13,11 @@ from .compiler import get_kernel
 
 THREADS, ROWS_PER_TILE, BLOCKS_PER_SM = 256, 16, 2
 MOST_ROWS = 32
-TUNE = (4, 2, 2)
-ORDER = 0
+MOST_STAGED_BYTES = 100 << 10
+"""So that two blocks fit a processor; more of x is read where it stands."""
+PREFETCHED_BYTES = 32 << 10
 _BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by the 8 warps of a block
+MOST_TOP_K = 1024
 _HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
 
 
@@ -34,7 +36,7 @@ def bits_of(weight: Tensor, in_features: int) -> int:
 
 
 def supports_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes x (.., K) and the weight: a GPU from sm_75 on, shapes in whole steps."""
+    """Whether `linear` takes x (.., K) and the weight: a GPU from sm_75 on, a shape that fits."""
     if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return False
     in_features, (out_features, stored) = x.shape[-1], weight.shape
@@ -43,6 +45,15 @@ def supports_linear(x: Tensor, weight: Tensor) -> bool:
     row_bytes = stored * weight.element_size()
     fits = row_bytes % _BYTES_PER_STEP == 0 and out_features % ROWS_PER_TILE == 0
     return enough and fits and weight.is_contiguous() and in_features % 256 == 0
+
+
+def check_card(device: int) -> None:
+    """Compile the smallest kernel.
+
+    Raises:
+        KernelError: if nothing can be compiled or run on the card.
+    """
+    get_kernel("sample", device, ())
 
 
 def linear(
@@ -57,42 +68,51 @@ def linear(
     residual: Tensor | None = None,
     alpha: float = 1.0,
     out: Tensor | None = None,
+    then: Tensor | None = None,
 ) -> Tensor:
     """x (B, K) times the weight's transpose, (B, N), for B up to MOST_ROWS.
 
     weight: (N, K) in x's dtype, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16. norm:
     x goes through it first, and is written to normed (B, K) so. gelu: the tanh kind, after the
-    bias. residual (B, N): alpha times it is added at the end. Sums are fp32 throughout.
+    bias. residual (B, N): alpha times it is added at the end. then: the weight that
+    the next kernel reads, to be fetched into L2 meanwhile. Sums are fp32 throughout.
     """
     (rows, in_features), out_features = x.shape, weight.shape[0]
     bits = bits_of(weight, in_features)
     tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
     steps = weight.shape[1] * weight.element_size() // _BYTES_PER_STEP
-    U, MB, PS = TUNE
-    unroll = next(n for n in (8, 4, 2, 1) if steps % n == 0 and n <= U)
+    unroll = next(n for n in (4, 2, 1) if steps % n == 0)
     defines = [f"BITS={bits}", f"IN_FEATURES={in_features}", f"TILES={tiles}", f"UNROLL={unroll}"]
-    defines += [f"MIN_BLOCKS={MB}", f"ORDER={ORDER}"]
     asked = {"NORM": norm, "BIAS": bias, "GELU": gelu or None, "RESIDUAL": residual}
     defines += [name for name, value in asked.items() if value is not None]
     if x.dtype == torch.bfloat16:
         defines.append("BF16")
-    shared_bytes = rows_shared_bytes(rows, in_features) if norm else 0
-    kernel = get_kernel("linear", x.device.index, tuple(defines), shared_bytes)
+    shared_bytes = staged_bytes(rows, in_features)
+    staged = norm is not None or shared_bytes <= MOST_STAGED_BYTES
+    defines += ["STAGED"] if staged else []
+    kernel = get_kernel("linear", x.device.index, tuple(defines), shared_bytes if staged else 0)
     out = x.new_empty(rows, out_features) if out is None else out
-    blocks = min(out_features // ROWS_PER_TILE, PS * num_processors(x.device.index))
+    blocks = min(out_features // ROWS_PER_TILE, BLOCKS_PER_SM * num_processors(x.device.index))
     epsilon = norm.epsilon if norm else 0.0
     norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
     kernel.launch(
         (blocks, 1, 1),
         THREADS,
         [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, rows,
-         out_features, epsilon, float(alpha)],
+         out_features, epsilon, float(alpha), then, _share(then, blocks)],
     )  # fmt: skip
     return out
 
 
-def rows_shared_bytes(rows: int, in_features: int) -> int:
-    """Shared memory that normed rows of x take; in steps, so that few kernels are made."""
+def _share(weight: Tensor | None, blocks: int) -> int:
+    """Bytes of a weight that each block fetches ahead."""
+    if weight is None:
+        return 0
+    return min(weight.nbytes // blocks // 128 * 128, PREFETCHED_BYTES)
+
+
+def staged_bytes(rows: int, in_features: int) -> int:
+    """Shared memory that rows of x take; in steps, so that few kernels are made."""
     steps = rows if rows <= 2 else 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 32
     return steps * (in_features + 32) * 2
 
@@ -123,12 +143,13 @@ def attention(
     first_blocks: Tensor,
     workspace: AttentionWorkspace,
     out: Tensor,
+    then: Tensor | None = None,
 ) -> Tensor:
-    """One new token a row over its cache: mixed (B, 3 H D), query, key and value per head, to (B, H D).
+    """One new token a row over its cache: (B, 3 H D), query, key and value per head, to (B, H D).
 
     keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
     sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
-    lengths - first_blocks (B,).
+    lengths - first_blocks (B,). then: as for `linear`.
     """
     rows, heads, capacity, width = keys.shape
     defines = [f"MOST_KEYS={workspace.most_keys}"]
@@ -139,6 +160,51 @@ def attention(
         (workspace.splits, heads, rows),
         _ATTENTION_THREADS,
         [mixed, keys, values, *rotary, lengths, text_positions, first_blocks, workspace.parts,
-         workspace.counters, out, heads, capacity, width**-0.5],
+         workspace.counters, out, heads, capacity, width**-0.5, then,
+         _share(then, workspace.splits * heads * rows)],
     )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How each of B rows draws its tokens; tensors, so that a captured step obeys changes.
+
+    seeds (B, 2) int32: a row's seed and stream. top_k (B,) int32, 1 to MOST_TOP_K; 1 is greedy.
+    rules (B, 3) fp32: top_p, 1 / temperature, repetition penalty. seen (B, V / 32) int32: a bit for
+    each token of the row.
+    """
+
+    seeds: Tensor
+    top_k: Tensor
+    rules: Tensor
+    seen: Tensor
+
+
+def sample(
+    scores: Tensor,
+    draw: Draw,
+    *,
+    tokens: Tensor,
+    lengths: Tensor,
+    steps: Tensor,
+    history: Tensor,
+    embedding: Tensor,
+    hidden: Tensor,
+    guard_token: int,
+) -> None:
+    """The next token of each row from scores (B, V).
+
+    Written: tokens (B,), history (steps, B) at the row's step, the token's row of embedding (V, K)
+    to hidden (B, K); steps and lengths (B,) count on; all int32. A row with NaN or inf among its
+    scores gets guard_token.
+    """
+    rows, vocabulary = scores.shape
+    defines = ("BF16",) if scores.dtype == torch.bfloat16 else ()
+    kernel = get_kernel("sample", scores.device.index, defines)
+    kernel.launch(
+        (rows, 1, 1),
+        MOST_TOP_K,
+        [scores, draw.seen, draw.seeds, draw.top_k, draw.rules, tokens, lengths, steps, history,
+         embedding, hidden, vocabulary, hidden.shape[1], guard_token],
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+// The next token of each row from its scores (B, V), as choose_tokens in sampling.py has it, and what
+// the next step needs: the token's embedding, and the counts.
+//
+// A block of 1024 threads takes a row. The k largest scores are found through the threads' own
+// largest ones: k scores at least reach the k-th of those, and few more do. Drawing is by Philox
+// 4x32-10 (Salmon et al. 2011) from a row's seed and step, so that a row's tokens do not depend on
+// what else runs.
+
+#define THREADS 1024
+#define NO_KEY 0ull
+typedef unsigned long long u64;
+
+// Larger scores first, of equal ones the lower index.
+DEVICE u64 key_of(float value, int index) {
+    const u32 bits = __float_as_uint(value);
+    return (u64)(bits & 0x80000000 ? ~bits : bits | 0x80000000) << 32 | (u32)~index;
+}
+DEVICE float value_of(u64 key) {
+    const u32 bits = (u32)(key >> 32);
+    return __uint_as_float(bits & 0x80000000 ? bits & 0x7fffffff : ~bits);
+}
+DEVICE int index_of(u64 key) { return (int)~(u32)key; }
+
+DEVICE float uniform(u32 seed, u32 stream, u32 step) {  // in [0, 1)
+    u32 a = step, b = 0, c = 0, d = 0, low = seed, high = stream;
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        const u32 a_high = __umulhi(0xd2511f53u, a), a_low = 0xd2511f53u * a;
+        const u32 c_high = __umulhi(0xcd9e8d57u, c), c_low = 0xcd9e8d57u * c;
+        a = c_high ^ b ^ low;
+        b = c_low;
+        c = a_high ^ d ^ high;
+        d = a_low;
+        low += 0x9e3779b9u;
+        high += 0xbb67ae85u;
+    }
+    return (a >> 8) * (1.f / 16777216.f);
+}
+
+// Bitonic, the largest first; every thread holds one.
+DEVICE u64 sorted(u64 key, u64* shared) {
+    const int i = threadIdx.x;
+    for (int size = 2; size <= THREADS; size *= 2) {
+        for (int step = size / 2; step; step /= 2) {
+            u64 fellow;
+            if (step < 32) {
+                fellow = __shfl_xor_sync(0xffffffff, key, step);
+            } else {
+                __syncthreads();
+                shared[i] = key;
+                __syncthreads();
+                fellow = shared[i ^ step];
+            }
+            const bool larger = ((i & step) == 0) == ((i & size) == 0);
+            key = (key > fellow) == larger ? key : fellow;
+        }
+    }
+    __syncthreads();
+    return key;
+}
+
+DEVICE u64 largest(u64 key, u64* shared) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) {
+        const u64 fellow = __shfl_xor_sync(0xffffffff, key, step);
+        key = fellow > key ? fellow : key;
+    }
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = key;
+    __syncthreads();
+    for (int w = 0; w < 32; w++) key = shared[w] > key ? shared[w] : key;
+    __syncthreads();
+    return key;
+}
+
+DEVICE float running_sum(float value, float* shared) {  // of this thread and those before it
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float before = __shfl_up_sync(0xffffffff, value, step);
+        if (lane >= step) value += before;
+    }
+    if (lane == 31) shared[warp] = value;
+    __syncthreads();
+    for (int w = 0; w < warp; w++) value += shared[w];
+    __syncthreads();
+    return value;
+}
+
+struct Scores {
+    const uint4* eights;
+    const u32* seen;  // a bit for each token of the row so far
+    float penalty;
+
+    DEVICE void keys(int place, u64* out, bool& finite) const {
+        const uint4 eight = eights[place];
+        const u32* pairs = (const u32*)&eight;
+        const u32 marked = penalty != 1.f ? seen[place / 4] >> (place % 4 * 8) : 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float value = j % 2 ? high(pairs[j / 2]) : low(pairs[j / 2]);
+            finite = finite && fabsf(value) < __int_as_float(0x7f800000);
+            if (marked >> j & 1) value = value < 0 ? value * penalty : value / penalty;
+            out[j] = key_of(value, place * 8 + j);
+        }
+    }
+};
+
+// The token of a row whose `best` is the largest of each thread's own keys.
+DEVICE int draw(const Scores& scores, u64 best, int vocabulary, int top_k, float top_p,
+                float inverse_temperature, float chance, u64* shared, float* sums, int* count) {
+    const int i = threadIdx.x;
+    shared[i] = sorted(best, shared);
+    __syncthreads();
+    const u64 bound = shared[top_k - 1] >> 32 << 32;  // with those of the same score
+    __syncthreads();
+    shared[i] = NO_KEY;
+    __syncthreads();
+    bool finite = true;
+    for (int place = i; place < vocabulary / 8; place += THREADS) {
+        u64 keys[8];
+        scores.keys(place, keys, finite);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            if (keys[j] < bound) continue;
+            const int at = atomicAdd(count, 1);
+            if (at < THREADS) shared[at] = keys[j];  // beyond that, equal scores are left out
+        }
+    }
+    __syncthreads();
+    const u64 key = sorted(shared[i], shared);
+    shared[i] = key;
+    __syncthreads();
+    const float most = value_of(shared[0]), least = value_of(shared[top_k - 1]);
+    bool kept = key != NO_KEY && (i < top_k || value_of(key) == least);
+    const float weight = kept ? __expf((value_of(key) - most) * inverse_temperature) : 0.f;
+    float before = running_sum(weight, sums);
+    if (i == THREADS - 1) sums[32] = before;
+    __syncthreads();
+    kept = kept && (i == 0 || before - weight < top_p * sums[32]);
+    __syncthreads();
+    before = running_sum(kept ? weight : 0.f, sums);
+    if (i == THREADS - 1) sums[32] = before;
+    if (i == 0) *count = THREADS;
+    __syncthreads();
+    if (kept && before > chance * sums[32]) atomicMin(count, i);
+    __syncthreads();
+    return index_of(shared[*count < THREADS ? *count : 0]);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
+    const u16* scores, u32* seen, const int* seeds, const int* top_ks, const float* rules,
+    int* tokens, int* lengths, int* steps, int* history, const u16* embedding, u16* hidden,
+    int vocabulary, int width, int guard_token) {
+    __shared__ u64 shared[THREADS];
+    __shared__ float sums[33];
+    __shared__ int count, is_broken;
+    const int row = blockIdx.x, i = threadIdx.x, step = steps[row], top_k = top_ks[row];
+    const float top_p = rules[row * 3], inverse_temperature = rules[row * 3 + 1];
+    u32* marks = seen + (long long)row * (vocabulary / 32);
+    const Scores mine = {(const uint4*)(scores + (long long)row * vocabulary), marks,
+                         rules[row * 3 + 2]};
+    if (i == 0) count = is_broken = 0;
+    wait_for_previous();
+    __syncthreads();
+    u64 best = NO_KEY;
+    bool finite = true;
+    for (int place = i; place < vocabulary / 8; place += THREADS) {
+        u64 keys[8];
+        mine.keys(place, keys, finite);
+#pragma unroll
+        for (int j = 0; j < 8; j++) best = keys[j] > best ? keys[j] : best;
+    }
+    if (!finite) is_broken = 1;
+    __syncthreads();
+    int token;
+    if (is_broken) {
+        token = guard_token;
+    } else if (top_k == 1) {
+        token = index_of(largest(best, shared));
+    } else {
+        const float chance = uniform(seeds[row * 2], seeds[row * 2 + 1], step);
+        token = draw(mine, best, vocabulary, top_k, top_p, inverse_temperature, chance, shared,
+                     sums, &count);
+    }
+    for (int v = i; v < width / 8; v += THREADS)
+        ((uint4*)hidden)[row * (width / 8) + v] = ((const uint4*)embedding)[(long long)token * (width / 8) + v];
+    if (i == 0) {
+        tokens[row] = token;
+        history[step * gridDim.x + row] = token;
+        marks[token / 32] |= 1u << token % 32;
+        steps[row] = step + 1;
+        lengths[row] += 1;
+        __threadfence();  // the next step's attention looks at lengths before it waits
+    }
+    __syncthreads();
+    let_next_start();
+}

@@ -1,0 +1,341 @@
+"""One decoding step as a CUDA graph: a token for each row, with nothing for the host to do.
+
+    sample     the token, its embedding, and the counts
+    28 times   norm + query_key_value, attention over the cache, dense + residual,
+               norm + dense_h_to_4h + GELU, dense_4h_to_h + residual
+    head       norm + scores
+
+Every number that changes from step to step stands on the GPU, so that a step is captured once and
+replayed. Rows are as long as they are: the cache of each is filled from its beginning, and no key
+of a pad is ever read. What the kernels of this package can't do for a model is said by
+`reason_against`, and the plain loop in decoding.py does it.
+"""
+
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import InPlaceLayer, KVCache
+from .kernels import ops
+from .kernels.compiler import KernelError
+from .positions import find_context
+from .quantization.linear import QuantizedLinear
+from .rotary import rotary_tables
+from .sampling import GUARD_TOKEN, Sampling
+
+ROOM_STEP = 512
+"""Room of a cache comes in steps of so many tokens; a graph is captured for each."""
+NORM_ROWS = 8
+"""Rows up to which a layer norm is part of the product after it."""
+LIBRARY_ROWS = 8
+"""Rows beyond which half-precision weights are multiplied by the library."""
+KEPT_BYTES = 2 << 30
+"""Of caches that stay for the next answer, those used last; the newest stays in any case."""
+
+
+def reason_against(model: Any) -> str | None:
+    """Why the kernels can't decode with this model, or None if they can."""
+    if model.device.type != "cuda":
+        return "the model is not on a CUDA device"
+    layers = model.transformer.layers
+    linears = [module for module in layers.modules() if hasattr(module, "in_features")]
+    strange = next((m for m in linears if type(m) not in (nn.Linear, QuantizedLinear)), None)
+    if strange is not None:
+        return (
+            f"its linears are {type(strange).__module__.split('.')[0]}'s {type(strange).__name__}"
+        )
+    norm = layers[0].input_layernorm.weight
+    if norm.dtype not in (torch.float16, torch.bfloat16):
+        return f"its precision is {str(norm.dtype).removeprefix('torch.')}"
+    if model.config.head_width != 128:
+        return f"its heads are {model.config.head_width} wide"
+    head = model.lm_head.weight
+    if head.dtype != norm.dtype or not isinstance(model.transformer.word_embeddings, nn.Embedding):
+        return "its embeddings are packed"
+    for linear in [*linears, model.lm_head]:
+        if not ops.supports_linear(norm.new_empty(linear.in_features), linear.weight):
+            return "the shape of its weights, or the card, does not suit them"
+    try:
+        ops.check_card(norm.device.index)
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+@dataclass
+class Counts:
+    """What a step goes by, of each row, int32 on the GPU. See ops.attention."""
+
+    lengths: Tensor
+    text_positions: Tensor
+    first_blocks: Tensor
+    steps: Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, device: torch.device) -> "Counts":
+        """For rows that have no prompt yet."""
+        return cls(*(torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(4)))
+
+
+class CapturedStep:
+    """Buffers and graph of a step for `rows` rows with `room` tokens each, prompts included.
+
+    `history` (room, rows) int32 is memory of the host that the GPU writes to: a step's tokens
+    appear there, and UNWRITTEN until then.
+    """
+
+    UNWRITTEN = -1
+
+    def __init__(self, model: Any, *, rows: int, room: int):
+        config, device, dtype = model.config, model.device, model.transformer.dtype
+        self.model, self.rows, self.room = model, rows, room
+        heads, width = config.num_attention_heads, config.hidden_size
+        shape = (config.num_layers, 2, rows, heads, room, config.head_width)
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.counts = Counts.zeros(rows, device)
+        self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
+        self.rotary = rotary_tables(
+            config.max_sequence_length, config.head_width // 2, half=True, device=device
+        )
+        self.tokens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.history = torch.full((room, rows), self.UNWRITTEN, dtype=torch.int32).pin_memory()
+        self.draw = ops.Draw(
+            seeds=torch.zeros(rows, 2, dtype=torch.int32, device=device),
+            top_k=torch.ones(rows, dtype=torch.int32, device=device),
+            rules=torch.ones(rows, 3, device=device),
+            seen=torch.zeros(rows, config.vocab_size // 32, dtype=torch.int32, device=device),
+        )
+        self.hidden, self.normed, self.context = (
+            torch.zeros(rows, width, dtype=dtype, device=device) for _ in range(3)
+        )
+        self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
+        self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
+        self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the cache, which is most of what a step keeps."""
+        return self.cache.nbytes
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Read the prompts (B, T), padded on the right; scores are those of the first tokens."""
+        model, config = self.model, self.model.config
+        torch.cuda.current_stream().synchronize()  # steps told for an answer that was broken off
+        self.history.fill_(self.UNWRITTEN)
+        context, mask_positions = find_context(
+            input_ids,
+            attention_mask,
+            bos_token_id=config.bos_token_id,
+            gmask_token_id=config.gmask_token_id,
+            mask_token_id=config.mask_token_id,
+        )
+        lengths = torch.full_like(context, input_ids.shape[1])
+        if attention_mask is not None:
+            lengths = attention_mask.sum(dim=1)
+        outputs = model.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            context_lengths=context,
+            mask_positions=mask_positions,
+            past_key_values=self._as_kv_cache(),
+            use_cache=True,
+        )
+        last = outputs.last_hidden_state[
+            torch.arange(self.rows, device=lengths.device), lengths - 1
+        ]
+        self.scores.copy_(model.lm_head(last))
+        virtual = config.pre_seq_len or 0
+        self.counts.lengths.copy_(virtual + lengths - 1)  # the sampling of the first token adds 1
+        self.counts.text_positions.copy_(mask_positions)
+        self.counts.first_blocks.copy_(virtual + context - 1)
+        self.counts.steps.zero_()
+
+    def _as_kv_cache(self) -> KVCache:
+        cache = KVCache(len(self.cache), capacity=self.room)
+        for layer, (keys, values) in zip(cache.layers, self.cache, strict=True):
+            assert isinstance(layer, InPlaceLayer)
+            layer.keys, layer.values = keys, values
+            layer.dtype, layer.device = keys.dtype, keys.device
+            layer.is_initialized = True
+        return cache
+
+    def set_rules(self, sampling: Sampling, *, seed: int, so_far: Tensor) -> None:
+        """How tokens are drawn; so_far (B, T): those that a repetition penalty holds against."""
+        draw, device = self.draw, self.tokens.device
+        draw.top_k.fill_(sampling.top_k if sampling.do_sample else 1)
+        temperature = sampling.temperature if sampling.do_sample else 1.0
+        rules = (sampling.top_p, 1 / temperature, sampling.repetition_penalty)
+        draw.rules.copy_(torch.tensor(rules, device=device).expand(self.rows, 3))
+        # The row's number is the stream: rows of one seed draw apart.
+        numbers = torch.arange(self.rows, dtype=torch.int64)
+        words = torch.stack((torch.full_like(numbers, seed % 2**32), numbers), dim=1)
+        draw.seeds.copy_(torch.where(words >= 2**31, words - 2**32, words))
+        draw.seen.zero_()
+        if sampling.repetition_penalty != 1.0:
+            draw.seen.copy_(_bits(so_far, draw.seen.shape[1]))
+
+    def first_token(self) -> None:
+        """Choose a token of each row from the prompts' scores."""
+        self._sample()
+
+    def next_token(self) -> None:
+        """Replay the step, which is captured the first time."""
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize()  # the first tokens may still be on their way
+        kept = [tensor.clone() for tensor in self._changing()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()  # compiles what is not compiled yet, and lets libraries set themselves up
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        torch.cuda.synchronize()
+        for tensor, before in zip(self._changing(), kept, strict=True):
+            tensor.copy_(before)
+        return graph
+
+    def _changing(self) -> list[Tensor]:
+        counts = self.counts
+        return [
+            counts.lengths,
+            counts.steps,
+            self.tokens,
+            self.hidden,
+            self.draw.seen,
+            self.history,
+        ]
+
+    def _step(self) -> None:
+        for index, layer in enumerate(self.model.transformer.layers):
+            attention, mlp = layer.attention, layer.mlp
+            self._product(self.hidden, attention.query_key_value, self.mixed,
+                          norm=layer.input_layernorm)  # fmt: skip
+            keys, values = self.cache[index]
+            ops.attention(
+                self.mixed, keys, values, self.rotary,
+                lengths=self.counts.lengths, text_positions=self.counts.text_positions,
+                first_blocks=self.counts.first_blocks, workspace=self.workspace, out=self.context,
+                then=attention.dense.weight,
+            )  # fmt: skip
+            self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha)
+            self._product(self.hidden, mlp.dense_h_to_4h, self.inner, gelu=True,
+                          norm=layer.post_attention_layernorm)  # fmt: skip
+            self._product(self.inner, mlp.dense_4h_to_h, self.hidden, alpha=layer.alpha)
+        self._product(self.hidden, self.model.lm_head, self.scores,
+                      norm=self.model.transformer.final_layernorm)  # fmt: skip
+        self._sample()
+
+    def _product(
+        self,
+        x: Tensor,
+        linear: nn.Linear,
+        out: Tensor,
+        *,
+        norm: nn.LayerNorm | None = None,
+        gelu: bool = False,
+        alpha: float | None = None,
+    ) -> None:
+        """out = what the linear makes of x, with what stands before and after it.
+
+        alpha: so many times the last normed vector is added.
+        """
+        scale = linear.weight_scale if isinstance(linear, QuantizedLinear) else None
+        if self.rows > (LIBRARY_ROWS if scale is None else ops.MOST_ROWS):
+            self._library_product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
+            return
+        if norm is not None and self.rows > NORM_ROWS:
+            x, norm = self._normalise(x, norm), None
+        ops.linear(
+            x,
+            linear.weight,
+            scale=scale,
+            bias=linear.bias,
+            norm=ops.Norm(norm.weight, norm.bias, norm.eps) if norm is not None else None,
+            normed=self.normed if norm is not None else None,
+            gelu=gelu,
+            residual=self.normed if alpha is not None else None,
+            alpha=alpha or 1.0,
+            out=out,
+        )
+
+    def _library_product(self, x, linear, out, *, norm, gelu, alpha) -> None:
+        if norm is not None:
+            x = self._normalise(x, norm)
+        product = linear(x)
+        if gelu:
+            product = F.gelu(product, approximate="tanh")
+        if alpha is not None:
+            product = product.add_(self.normed, alpha=alpha)
+        out.copy_(product)
+
+    def _normalise(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        self.normed.copy_(norm(x))
+        return self.normed
+
+    def _sample(self) -> None:
+        ops.sample(
+            self.scores,
+            self.draw,
+            tokens=self.tokens,
+            lengths=self.counts.lengths,
+            steps=self.counts.steps,
+            history=self.history,
+            embedding=self.model.transformer.word_embeddings.weight,
+            hidden=self.hidden,
+            guard_token=GUARD_TOKEN,
+        )
+
+
+_STEPS: weakref.WeakKeyDictionary[Any, OrderedDict] = weakref.WeakKeyDictionary()
+"""Captured steps of each model, the one used last at the end."""
+
+
+def get_step(model: Any, *, rows: int, room: int) -> CapturedStep:
+    """The step for so many rows and at least so much room, kept from answer to answer.
+
+    Replaced when a weight of the model stands elsewhere than when it was captured.
+    """
+    room = min(-(-room // ROOM_STEP) * ROOM_STEP, _longest_room(model))
+    kept = _STEPS.setdefault(model, OrderedDict())
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    key = (rows, room, weights)
+    for old in [old for old in kept if old[2] != weights]:
+        del kept[old]
+    if key not in kept:
+        while kept and sum(step.nbytes for step in kept.values()) > KEPT_BYTES:
+            kept.popitem(last=False)
+        kept[key] = CapturedStep(model, rows=rows, room=room)
+    kept.move_to_end(key)
+    return kept[key]
+
+
+def forget_steps() -> None:
+    """Free the caches and graphs of all models."""
+    _STEPS.clear()
+
+
+def _longest_room(model: Any) -> int:
+    config = model.config
+    longest = config.max_sequence_length + (config.pre_seq_len or 0)
+    return -(-longest // 64) * 64
+
+
+def _bits(token_ids: Tensor, words: int) -> Tensor:
+    """(B, words) int32 with a bit set for each of token_ids (B, T)."""
+    marks = torch.zeros(len(token_ids), words * 32, dtype=torch.int64, device=token_ids.device)
+    marks.scatter_(1, token_ids.clamp(max=words * 32 - 1), 1)
+    powers = 2 ** torch.arange(32, device=token_ids.device)
+    sums = (marks.view(len(token_ids), words, 32) * powers).sum(dim=-1)
+    return torch.where(sums >= 2**31, sums - 2**32, sums).to(torch.int32)
