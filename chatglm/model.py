@@ -18,7 +18,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -39,6 +39,7 @@ from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .loss import CHUNK, chunked_loss, next_token_loss
 from .positions import (
+    ATTENTION_KERNELS,
     allowed_keys,
     find_context,
     mask_from_released,
@@ -51,9 +52,6 @@ from .rotary import apply_rotary, rotary_for_positions
 from .tokenizer import ChatGLMTokenizer
 
 logger = logging.getLogger("chatglm")
-
-ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's: it plans anew for every key length, 2 ms a layer and token on an H100."""
 
 
 def build_linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:

@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import InPlaceLayer, KVCache
 from .kernels import ops
-from .kernels.compiler import KernelError
 from .positions import find_context
+from .prefill import read_prompts
 from .quantization.linear import QuantizedLinear
 from .rotary import rotary_tables
 from .sampling import GUARD_TOKEN, Sampling
@@ -34,6 +33,7 @@ NORM_ROWS = 8
 """Rows up to which a layer norm is part of the product after it."""
 LIBRARY_ROWS = 8
 """Rows beyond which half-precision weights are multiplied by the library."""
+THEN = 3
 KEPT_BYTES = 2 << 30
 """Of caches that stay for the next answer, those used last; the newest stays in any case."""
 
@@ -60,11 +60,7 @@ def reason_against(model: Any) -> str | None:
     for linear in [*linears, model.lm_head]:
         if not ops.supports_linear(norm.new_empty(linear.in_features), linear.weight):
             return "the shape of its weights, or the card, does not suit them"
-    try:
-        ops.check_card(norm.device.index)
-    except KernelError as error:
-        return str(error)
-    return None
+    return ops.reason_against_card(norm.device.index)
 
 
 @dataclass
@@ -138,32 +134,21 @@ class CapturedStep:
         lengths = torch.full_like(context, input_ids.shape[1])
         if attention_mask is not None:
             lengths = attention_mask.sum(dim=1)
-        outputs = model.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+        hidden = read_prompts(
+            model,
+            input_ids,
+            attention_mask,
+            self.cache,
+            self.rotary,
             context_lengths=context,
             mask_positions=mask_positions,
-            past_key_values=self._as_kv_cache(),
-            use_cache=True,
         )
-        last = outputs.last_hidden_state[
-            torch.arange(self.rows, device=lengths.device), lengths - 1
-        ]
-        self.scores.copy_(model.lm_head(last))
+        self.scores.copy_(model.lm_head(model.transformer.final_layernorm(hidden)))
         virtual = config.pre_seq_len or 0
         self.counts.lengths.copy_(virtual + lengths - 1)  # the sampling of the first token adds 1
         self.counts.text_positions.copy_(mask_positions)
         self.counts.first_blocks.copy_(virtual + context - 1)
         self.counts.steps.zero_()
-
-    def _as_kv_cache(self) -> KVCache:
-        cache = KVCache(len(self.cache), capacity=self.room)
-        for layer, (keys, values) in zip(cache.layers, self.cache, strict=True):
-            assert isinstance(layer, InPlaceLayer)
-            layer.keys, layer.values = keys, values
-            layer.dtype, layer.device = keys.dtype, keys.device
-            layer.is_initialized = True
-        return cache
 
     def set_rules(self, sampling: Sampling, *, seed: int, so_far: Tensor) -> None:
         """How tokens are drawn; so_far (B, T): those that a repetition penalty holds against."""
@@ -218,7 +203,10 @@ class CapturedStep:
         ]
 
     def _step(self) -> None:
-        for index, layer in enumerate(self.model.transformer.layers):
+        layers = self.model.transformer.layers
+        after = [layer.attention.query_key_value.weight for layer in layers[1:]]
+        after.append(self.model.lm_head.weight)
+        for index, (layer, next_weight) in enumerate(zip(layers, after, strict=True)):
             attention, mlp = layer.attention, layer.mlp
             self._product(self.hidden, attention.query_key_value, self.mixed,
                           norm=layer.input_layernorm)  # fmt: skip
@@ -227,12 +215,15 @@ class CapturedStep:
                 self.mixed, keys, values, self.rotary,
                 lengths=self.counts.lengths, text_positions=self.counts.text_positions,
                 first_blocks=self.counts.first_blocks, workspace=self.workspace, out=self.context,
-                then=attention.dense.weight,
+                then=attention.dense.weight if THEN & 1 else None,
             )  # fmt: skip
-            self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha)
+            self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha,
+                          then=mlp.dense_h_to_4h.weight)  # fmt: skip
             self._product(self.hidden, mlp.dense_h_to_4h, self.inner, gelu=True,
+                          then=mlp.dense_4h_to_h.weight,
                           norm=layer.post_attention_layernorm)  # fmt: skip
-            self._product(self.inner, mlp.dense_4h_to_h, self.hidden, alpha=layer.alpha)
+            self._product(self.inner, mlp.dense_4h_to_h, self.hidden, alpha=layer.alpha,
+                          then=next_weight)  # fmt: skip
         self._product(self.hidden, self.model.lm_head, self.scores,
                       norm=self.model.transformer.final_layernorm)  # fmt: skip
         self._sample()
@@ -246,10 +237,11 @@ class CapturedStep:
         norm: nn.LayerNorm | None = None,
         gelu: bool = False,
         alpha: float | None = None,
+        then: Tensor | None = None,
     ) -> None:
         """out = what the linear makes of x, with what stands before and after it.
 
-        alpha: so many times the last normed vector is added.
+        alpha: so many times the last normed vector is added. then: the next product's weight.
         """
         scale = linear.weight_scale if isinstance(linear, QuantizedLinear) else None
         if self.rows > (LIBRARY_ROWS if scale is None else ops.MOST_ROWS):
@@ -268,6 +260,7 @@ class CapturedStep:
             residual=self.normed if alpha is not None else None,
             alpha=alpha or 1.0,
             out=out,
+            then=then if THEN & 2 else None,
         )
 
     def _library_product(self, x, linear, out, *, norm, gelu, alpha) -> None:

@@ -4,12 +4,13 @@ Everything is fp16 or bf16 on one GPU. What a kernel can't do is said by the `su
 before it is asked for.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .compiler import get_kernel
+from .compiler import KernelError, get_kernel
 
 THREADS, ROWS_PER_TILE, BLOCKS_PER_SM = 256, 16, 2
 MOST_ROWS = 32
@@ -44,16 +45,17 @@ def supports_linear(x: Tensor, weight: Tensor) -> bool:
     enough = capability >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 5))
     row_bytes = stored * weight.element_size()
     fits = row_bytes % _BYTES_PER_STEP == 0 and out_features % ROWS_PER_TILE == 0
-    return enough and fits and weight.is_contiguous() and in_features % 256 == 0
+    return enough and fits and weight.is_contiguous() and in_features % 2048 == 0
 
 
-def check_card(device: int) -> None:
-    """Compile the smallest kernel.
-
-    Raises:
-        KernelError: if nothing can be compiled or run on the card.
-    """
-    get_kernel("sample", device, ())
+@functools.cache
+def reason_against_card(device: int) -> str | None:
+    """Why no kernel can be compiled or run on a GPU, or None."""
+    try:
+        get_kernel("sample", device, ())
+    except KernelError as error:
+        return str(error)
+    return None
 
 
 def linear(
@@ -208,3 +210,56 @@ def sample(
         [scores, draw.seen, draw.seeds, draw.top_k, draw.rules, tokens, lengths, steps, history,
          embedding, hidden, vocabulary, hidden.shape[1], guard_token],
     )  # fmt: skip
+
+
+def supports_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dequantize` takes the packed weight."""
+    if not weight.is_cuda or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if scale.dtype != torch.float16:
+        return False
+    enough = torch.cuda.get_device_capability(weight.device) >= (7, 5)
+    return (
+        enough
+        and weight.is_contiguous()
+        and weight.shape[1] % 16 == 0
+        and reason_against_card(weight.device.index) is None
+    )
+
+
+def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The matrix (N, K) behind packed weight (N, K * bits / 8) int8 and scale (N,) in fp16."""
+    rows, in_features = weight.shape[0], weight.shape[1] * 8 // bits
+    out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
+    defines = [f"BITS={bits}", *(["BF16"] if dtype == torch.bfloat16 else [])]
+    kernel = get_kernel("dequantize", weight.device.index, tuple(defines))
+    blocks = -(-weight.nbytes // 16 // THREADS)
+    kernel.launch((blocks, 1, 1), THREADS, [weight, scale, out, rows, in_features])
+    return out
+
+
+def rotate(
+    mixed: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    offset: int,
+) -> Tensor:
+    """The turned query (B, H, T, D) out of mixed (B, T, 3 H D); key and value go into the cache.
+
+    positions (B, 2, T) int32; keys, values (B, H, capacity, D), filled from offset on. rotary: as
+    for `attention`.
+    """
+    rows, tokens = mixed.shape[:2]
+    _, heads, capacity, width = keys.shape
+    query = mixed.new_empty(rows, heads, tokens, width)
+    defines = ("BF16",) if mixed.dtype == torch.bfloat16 else ()
+    kernel = get_kernel("rotate", mixed.device.index, defines)
+    kernel.launch(
+        (-(-heads // (THREADS // 32)), tokens, rows),
+        THREADS,
+        [mixed, *rotary, positions, query, keys, values, tokens, heads, capacity, offset],
+    )
+    return query

@@ -105,15 +105,44 @@ struct Scores {
     }
 };
 
+DEVICE int reaching(const Scores& scores, u32 bound, int vocabulary, int* count) {
+    __syncthreads();
+    if (threadIdx.x == 0) *count = 0;
+    __syncthreads();
+    int mine = 0;
+    bool finite = true;
+    for (int place = threadIdx.x; place < vocabulary / 8; place += THREADS) {
+        u64 keys[8];
+        scores.keys(place, keys, finite);
+#pragma unroll
+        for (int j = 0; j < 8; j++) mine += (u32)(keys[j] >> 32) >= bound;
+    }
+    if (mine) atomicAdd(count, mine);
+    __syncthreads();
+    return *count;
+}
+
 // The token of a row whose `best` is the largest of each thread's own keys.
 DEVICE int draw(const Scores& scores, u64 best, int vocabulary, int top_k, float top_p,
                 float inverse_temperature, float chance, u64* shared, float* sums, int* count) {
     const int i = threadIdx.x;
     shared[i] = sorted(best, shared);
     __syncthreads();
-    const u64 bound = shared[top_k - 1] >> 32 << 32;  // with those of the same score
-    __syncthreads();
+    u32 bound = (u32)(shared[top_k - 1] >> 32), highest = (u32)(shared[0] >> 32);
+    // With top_k near the number of threads, more may reach the bound than there is room for.
+    for (int reach = reaching(scores, bound, vocabulary, count);
+         reach > THREADS && bound < highest;) {
+        const u32 middle = bound + (highest - bound + 1) / 2;
+        const int fewer = reaching(scores, middle, vocabulary, count);
+        if (fewer >= top_k) {
+            bound = middle;
+            reach = fewer;
+        } else {
+            highest = middle - 1;
+        }
+    }
     shared[i] = NO_KEY;
+    if (i == 0) *count = 0;
     __syncthreads();
     bool finite = true;
     for (int place = i; place < vocabulary / 8; place += THREADS) {
@@ -121,7 +150,7 @@ DEVICE int draw(const Scores& scores, u64 best, int vocabulary, int top_k, float
         scores.keys(place, keys, finite);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            if (keys[j] < bound) continue;
+            if ((u32)(keys[j] >> 32) < bound) continue;
             const int at = atomicAdd(count, 1);
             if (at < THREADS) shared[at] = keys[j];  // beyond that, equal scores are left out
         }

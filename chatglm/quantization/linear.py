@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import ops
+
 
 def pack_int4(values: Tensor) -> Tensor:
     """Signed values in -8..7, (out, in) int8, packed two to a byte, (out, in / 2) int8."""
@@ -40,6 +42,8 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The (out, in) matrix in `dtype`."""
+    if ops.supports_dequantize(weight, scale, dtype):
+        return ops.dequantize(weight, scale, bits, dtype)
     values = unpack_int4(weight) if bits == 4 else weight
     return values.to(dtype).mul_(scale[:, None].to(dtype))
 
