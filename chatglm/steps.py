@@ -33,7 +33,6 @@ NORM_ROWS = 8
 """Rows up to which a layer norm is part of the product after it."""
 LIBRARY_ROWS = 8
 """Rows beyond which half-precision weights are multiplied by the library."""
-THEN = 3
 KEPT_BYTES = 2 << 30
 """Of caches that stay for the next answer, those used last; the newest stays in any case."""
 
@@ -112,6 +111,7 @@ class CapturedStep:
         self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
+        self._norms_within = rows <= NORM_ROWS and ops.supports_norm(rows, width, device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -204,28 +204,38 @@ class CapturedStep:
 
     def _step(self) -> None:
         layers = self.model.transformer.layers
-        after = [layer.attention.query_key_value.weight for layer in layers[1:]]
-        after.append(self.model.lm_head.weight)
-        for index, (layer, next_weight) in enumerate(zip(layers, after, strict=True)):
+        for index, layer in enumerate(layers):
             attention, mlp = layer.attention, layer.mlp
-            self._product(self.hidden, attention.query_key_value, self.mixed,
-                          norm=layer.input_layernorm)  # fmt: skip
+            self._product(
+                self.hidden, attention.query_key_value, self.mixed, norm=layer.input_layernorm
+            )
             keys, values = self.cache[index]
             ops.attention(
-                self.mixed, keys, values, self.rotary,
-                lengths=self.counts.lengths, text_positions=self.counts.text_positions,
-                first_blocks=self.counts.first_blocks, workspace=self.workspace, out=self.context,
-                then=attention.dense.weight if THEN & 1 else None,
-            )  # fmt: skip
-            self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha,
-                          then=mlp.dense_h_to_4h.weight)  # fmt: skip
-            self._product(self.hidden, mlp.dense_h_to_4h, self.inner, gelu=True,
-                          then=mlp.dense_4h_to_h.weight,
-                          norm=layer.post_attention_layernorm)  # fmt: skip
-            self._product(self.inner, mlp.dense_4h_to_h, self.hidden, alpha=layer.alpha,
-                          then=next_weight)  # fmt: skip
-        self._product(self.hidden, self.model.lm_head, self.scores,
-                      norm=self.model.transformer.final_layernorm)  # fmt: skip
+                self.mixed,
+                keys,
+                values,
+                self.rotary,
+                lengths=self.counts.lengths,
+                text_positions=self.counts.text_positions,
+                first_blocks=self.counts.first_blocks,
+                workspace=self.workspace,
+                out=self.context,
+            )
+            self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha)
+            self._product(
+                self.hidden,
+                mlp.dense_h_to_4h,
+                self.inner,
+                gelu=True,
+                norm=layer.post_attention_layernorm,
+            )
+            self._product(self.inner, mlp.dense_4h_to_h, self.hidden, alpha=layer.alpha)
+        self._product(
+            self.hidden,
+            self.model.lm_head,
+            self.scores,
+            norm=self.model.transformer.final_layernorm,
+        )
         self._sample()
 
     def _product(
@@ -237,17 +247,16 @@ class CapturedStep:
         norm: nn.LayerNorm | None = None,
         gelu: bool = False,
         alpha: float | None = None,
-        then: Tensor | None = None,
     ) -> None:
         """out = what the linear makes of x, with what stands before and after it.
 
-        alpha: so many times the last normed vector is added. then: the next product's weight.
+        alpha: so many times the last normed vector is added.
         """
         scale = linear.weight_scale if isinstance(linear, QuantizedLinear) else None
         if self.rows > (LIBRARY_ROWS if scale is None else ops.MOST_ROWS):
             self._library_product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
             return
-        if norm is not None and self.rows > NORM_ROWS:
+        if norm is not None and not self._norms_within:
             x, norm = self._normalise(x, norm), None
         ops.linear(
             x,
@@ -260,7 +269,6 @@ class CapturedStep:
             residual=self.normed if alpha is not None else None,
             alpha=alpha or 1.0,
             out=out,
-            then=then if THEN & 2 else None,
         )
 
     def _library_product(self, x, linear, out, *, norm, gelu, alpha) -> None:

@@ -21,9 +21,8 @@ DEVICE float rotated(const u16* head, int i, float cosine, float sine) {
 extern "C" __global__ void __launch_bounds__(THREADS) attention(
     const u16* mixed, u16* keys, u16* values, const float* cosines, const float* sines,
     const int* lengths, const int* text_positions, const int* first_blocks, float* parts,
-    int* counters, u16* out, int heads, int capacity, float scale, const u8* next, int next_bytes) {
+    int* counters, u16* out, int heads, int capacity, float scale) {
     let_next_start();
-    prefetch_share(next, next_bytes, (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x);
     const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, i = threadIdx.x;
     const int length = __ldcg(lengths + row);  // of the cache, the new token not counted
     const int first = split * KEYS;

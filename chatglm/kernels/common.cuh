@@ -65,12 +65,3 @@ DEVICE float warp_sum(float value) {
     for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffff, value, step);
     return value;
 }
-
-// Each block fetches `bytes` of what the next kernel reads into L2, while memory would be idle.
-DEVICE void prefetch_share(const u8* from, int bytes, int block) {
-#if __CUDA_ARCH__ >= 900
-    if (bytes && threadIdx.x == 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(from + (long long)block * bytes), "r"(bytes) : "memory");
-#endif
-}

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import pathlib
+import re
 import sysconfig
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +64,13 @@ def _compiler() -> ctypes.CDLL:
     raise KernelError(f"{name} is not to be found: reinstall torch, or install nvidia-cuda-nvrtc")
 
 
+@functools.cache
+def source_of(name: str) -> str:
+    """The whole of NAME.cu, with what stands before it in all kernels and what it includes."""
+    text = (SOURCES / "common.cuh").read_text() + (SOURCES / f"{name}.cu").read_text()
+    return re.sub(r'#include "(.+)"', lambda found: (SOURCES / found[1]).read_text(), text)
+
+
 def compile_source(name: str, arch: int, defines: tuple[str, ...]) -> bytes:
     """Machine code of NAME.cu for a card of compute capability `arch` (90 for 9.0).
 
@@ -72,7 +80,7 @@ def compile_source(name: str, arch: int, defines: tuple[str, ...]) -> bytes:
         KernelError: with the compiler's first complaint.
     """
     nvrtc = _compiler()
-    source = "\n".join((SOURCES / part).read_text() for part in ("common.cuh", f"{name}.cu"))
+    source = source_of(name)
     options = [f"-arch=sm_{arch}", "-std=c++17", *(f"-D{one}" for one in defines)]
     handle = ctypes.c_void_p()
     as_bytes = [option.encode() for option in options]
@@ -101,9 +109,8 @@ def _read(nvrtc: ctypes.CDLL, handle: ctypes.c_void_p, what: str) -> bytes:
 
 
 def _compiled(name: str, arch: int, defines: tuple[str, ...]) -> bytes:
-    parts = [(SOURCES / part).read_bytes() for part in ("common.cuh", f"{name}.cu")]
-    parts.append(repr((arch, defines, torch.version.cuda)).encode())
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    key = repr((source_of(name), arch, defines, torch.version.cuda))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     folder = pathlib.Path(os.environ.get("CHATGLM_KERNEL_CACHE", CACHE)).expanduser()
     path = folder / f"{name}-{digest}.cubin"
     if path.exists():

@@ -1,347 +1,78 @@
-// out (B, N) = x (B, K) times the weight (N, K) of BITS 16, 8 or 4, for few rows x.
+// out (B, N) = x (B, K) times the weight (N, K), for few rows x, on any card from sm_75 on.
 //
-// Compiled for BITS, K (IN_FEATURES), TILES of 8 rows of x, whether x is put into shared memory
-// (STAGED), through a layer norm (NORM), and what comes after (BIAS, GELU, RESIDUAL). A block of 8 warps takes 16 rows of the
-// weight at a time; each warp takes an eighth of K, and the eighths are added in shared memory.
-// The products are tensor core ones, m16n8k16: with B = 1 seven eighths of them are of zeros, but
-// the time is that of reading the weight. The order of k within a product is free as long as weight
-// and x agree, so that a lane's 16 bytes of a weight row are used as they were read.
+// A block of 8 warps takes 16 rows of the weight at a time; each warp takes an eighth of K, and the
+// eighths are added in shared memory. The next UNROLL steps of a weight are in registers on their way
+// while the present ones are multiplied, across the ends of tiles too.
 
 #define WARPS 8
-#define THREADS (WARPS * 32)
-#define PER_VECTOR (128 / BITS)                    // weights in 16 bytes
-#define ROW_VECTORS (IN_FEATURES / PER_VECTOR)     // 16-byte vectors of a weight row
-#define ITERATIONS (ROW_VECTORS / 4 / WARPS)       // a warp reads 4 vectors of 16 rows in each
+DEVICE void barrier() { __syncthreads(); }
+#include "products.cuh"
+
+#define ITERATIONS (ROW_VECTORS / 4 / WARPS)  // a warp reads 4 vectors of 16 rows in each
 #define GROUPS (ITERATIONS / UNROLL)
-#define STRIDE (IN_FEATURES + 32)                  // of x in shared memory, against bank conflicts
-#define ROWS (TILES * 8)
-#define OUTPUTS ((ROWS * 16 + THREADS - 1) / THREADS)  // of a tile, a thread
-
-#ifdef BF16
-#define KIND "bf16"
-#else
-#define KIND "f16"
-#endif
-
-DEVICE void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32"
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
-                 " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
-                 " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
-#endif
-}
-
-DEVICE u32 fused(u32 value, u32 factor, u32 addend) {  // value * factor + addend, both halves
-    u32 out;
-#ifdef BF16
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(value), "r"(factor), "r"(addend));
-#else
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(value), "r"(factor), "r"(addend));
-#endif
-    return out;
-}
-
-// Eight weights of a row as four pairs of T, exact.
-#if BITS == 16
-DEVICE void eight(const uint4& v, int, u32* pairs) {
-    pairs[0] = v.x; pairs[1] = v.y; pairs[2] = v.z; pairs[3] = v.w;
-}
-#elif BITS == 8
-DEVICE void four(u32 word, u32* pairs) {
-    u32 shifted = word ^ 0x80808080;  // value + 128
-#ifdef BF16
-#pragma unroll
-    for (int half = 0; half < 2; half++) {  // 2^23 + byte as fp32, less 2^23 + 128
-        float first = __uint_as_float(__byte_perm(shifted, 0x4b000000, half ? 0x7442 : 0x7440));
-        float second = __uint_as_float(__byte_perm(shifted, 0x4b000000, half ? 0x7443 : 0x7441));
-        pairs[half] = pack(first - 8388736.f, second - 8388736.f);
-    }
-#else
-    // 0x64 before a byte is 1024 + byte in fp16
-    pairs[0] = fused(__byte_perm(shifted, 0x64646464, 0x4140), 0x3c003c00, 0xe480e480);
-    pairs[1] = fused(__byte_perm(shifted, 0x64646464, 0x4342), 0x3c003c00, 0xe480e480);
-#endif
-}
-DEVICE void eight(const uint4& v, int part, u32* pairs) {
-    four(part ? v.z : v.x, pairs);
-    four(part ? v.w : v.y, pairs + 2);
-}
-#else
-// A byte holds the even column in its high nibble; the pairs are columns (1, 5) (0, 4) (3, 7) (2, 6).
-DEVICE void eight(const uint4& v, int part, u32* pairs) {
-    u32 word = part == 0 ? v.x : part == 1 ? v.y : part == 2 ? v.z : v.w;
-    u32 w = word ^ 0x88888888;  // value + 8
-#ifdef BF16
-#pragma unroll
-    for (int i = 0; i < 4; i++)  // 0x43 before a nibble is 128 + nibble
-        pairs[i] = fused(((w >> (4 * i)) & 0x000f000f) | 0x43004300, 0x3f803f80, 0xc308c308);
-#else
-    pairs[0] = fused((w & 0x000f000f) | 0x64006400, 0x3c003c00, 0xe408e408);
-    pairs[1] = fused((w & 0x00f000f0) | 0x64006400, 0x2c002c00, 0xd480d480);  // times 1/16
-    w >>= 8;
-    pairs[2] = fused((w & 0x000f000f) | 0x64006400, 0x3c003c00, 0xe408e408);
-    pairs[3] = fused((w & 0x00f000f0) | 0x64006400, 0x2c002c00, 0xd480d480);
-#endif
-}
-#endif
-
-DEVICE void order_like_weights(uint4& x) {
-#if BITS == 4
-    uint4 y;
-    y.x = __byte_perm(x.x, x.z, 0x7632);
-    y.y = __byte_perm(x.x, x.z, 0x5410);
-    y.z = __byte_perm(x.y, x.w, 0x7632);
-    y.w = __byte_perm(x.y, x.w, 0x5410);
-    x = y;
-#endif
-}
 
 struct Weights {
     uint4 upper[UNROLL], lower[UNROLL];
 };
 
-DEVICE void load(Weights& w, const uint4* rows, int warp, int first) {
+DEVICE void load(Weights& w, const uint4* rows, int first) {
 #pragma unroll
     for (int i = 0; i < UNROLL; i++) {
-        const uint4* from = rows + (warp * ITERATIONS + first + i) * 4;
+        const uint4* from = rows + (threadIdx.x / 32 * ITERATIONS + first + i) * 4;
         w.upper[i] = load_once(from);
         w.lower[i] = load_once(from + 8 * ROW_VECTORS);
     }
 }
 
-#ifdef STAGED
-// Eights of x as they are read together: one of each of the four lanes that share a row.
-DEVICE int staged_place(int i) {
-    constexpr int eights = PER_VECTOR / 8;
-    const int within = i % (4 * eights);
-    return i - within + within % eights * 4 + within / eights;
-}
-#endif
-
-#ifdef NORM
-
-DEVICE void normalise(uint4& x, const uint4& weight, const uint4& bias, float mean, float scale) {
-    u32* p = (u32*)&x;
-    const u32 *w = (const u32*)&weight, *b = (const u32*)&bias;
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-        p[j] = pack((low(p[j]) - mean) * scale * low(w[j]) + low(b[j]),
-                    (high(p[j]) - mean) * scale * high(w[j]) + high(b[j]));
-}
-
-DEVICE float sum_of(const uint4& x, float mean, bool squares) {
-    const u32* p = (const u32*)&x;
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float first = low(p[j]) - mean, second = high(p[j]) - mean;
-        sum += squares ? first * first + second * second : first + second;
-    }
-    return sum;
-}
-
-DEVICE float block_sum(float value, float* scratch) {
-    value = warp_sum(value);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) value += scratch[i];
-    return value;
-}
-
-// A single row of x by the whole block; what doesn't depend on x is read ahead of it.
-#define MINE (IN_FEATURES / 8 / THREADS)
-struct NormWeights {
-    uint4 weight[MINE], bias[MINE];
-};
-
-DEVICE void load(NormWeights& w, const u16* weight, const u16* bias) {
-#pragma unroll
-    for (int i = 0; i < MINE; i++) {
-        w.weight[i] = ((const uint4*)weight)[i * THREADS + threadIdx.x];
-        w.bias[i] = ((const uint4*)bias)[i * THREADS + threadIdx.x];
-    }
-}
-
-DEVICE void normalise_one(const u16* x, u16* to, u16* copy, const NormWeights& w, float epsilon,
-                          float* scratch) {
-    uint4 v[MINE];
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < MINE; i++) {
-        v[i] = ((const uint4*)x)[i * THREADS + threadIdx.x];
-        sum += sum_of(v[i], 0, false);
-    }
-    const float mean = block_sum(sum, scratch) / IN_FEATURES;
-    sum = 0;
-#pragma unroll
-    for (int i = 0; i < MINE; i++) sum += sum_of(v[i], mean, true);
-    const float scale = rsqrtf(block_sum(sum, scratch + WARPS) / IN_FEATURES + epsilon);
-#pragma unroll
-    for (int i = 0; i < MINE; i++) {
-        normalise(v[i], w.weight[i], w.bias[i], mean, scale);
-        if (copy) ((uint4*)copy)[i * THREADS + threadIdx.x] = v[i];
-        order_like_weights(v[i]);
-        ((uint4*)to)[staged_place(i * THREADS + threadIdx.x)] = v[i];
-    }
-}
-
-// A row by each warp; read three times, from L1 but for the first: there are no registers for it.
-DEVICE void normalise_rows(const u16* x, u16* to, u16* copy, const u16* weight, const u16* bias,
-                           float epsilon, int lane) {
-    float sum = 0, squares = 0;
-#pragma unroll 4
-    for (int i = lane; i < IN_FEATURES / 8; i += 32) sum += sum_of(((const uint4*)x)[i], 0, false);
-    const float mean = warp_sum(sum) / IN_FEATURES;
-#pragma unroll 4
-    for (int i = lane; i < IN_FEATURES / 8; i += 32)
-        squares += sum_of(((const uint4*)x)[i], mean, true);
-    const float scale = rsqrtf(warp_sum(squares) / IN_FEATURES + epsilon);
-#pragma unroll 2
-    for (int i = lane; i < IN_FEATURES / 8; i += 32) {
-        uint4 v = ((const uint4*)x)[i];
-        normalise(v, ((const uint4*)weight)[i], ((const uint4*)bias)[i], mean, scale);
-        if (copy) ((uint4*)copy)[i] = v;
-        order_like_weights(v);
-        ((uint4*)to)[staged_place(i)] = v;
-    }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, 2) linear(
     const u16* x, const uint4* weight, const u16* scale, const u16* bias, u16* out,
-    const u16* norm_weight, const u16* norm_bias, u16* normed, const u16* residual,
-    int rows, int out_features, float epsilon, float alpha, const u8* next, int next_bytes) {
+    const u16* norm_weight, const u16* norm_bias, u16* normed, const u16* residual, int rows,
+    int out_features, float epsilon, float alpha) {
     let_next_start();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
-    const int tiles = out_features / 16;
     __shared__ float sums[2][WARPS][ROWS][16];
-    const uint4* mine = weight + (long long)group * ROW_VECTORS + part;
+    const int warp = threadIdx.x / 32, tiles = out_features / 16;
+    const uint4* mine = weight + (long long)(threadIdx.x % 32 / 4) * ROW_VECTORS + threadIdx.x % 4;
     int tile = blockIdx.x;
     Weights current;
-    load(current, mine + (long long)tile * 16 * ROW_VECTORS, warp, 0);
+    load(current, mine + (long long)tile * 16 * ROW_VECTORS, 0);
 #ifdef NORM
-    NormWeights norm;
-    if (rows == 1) load(norm, norm_weight, norm_bias);
+    NormWeights ahead_of_x;
+    if (rows == 1) load(ahead_of_x, norm_weight, norm_bias);
 #endif
     wait_for_previous();
 #ifdef STAGED
     extern __shared__ uint4 staged[];
     u16* xs = (u16*)staged;
-    const int stride = STRIDE;
 #ifdef NORM
-    u16* copy = blockIdx.x == 0 ? normed : 0;
-    if (rows == 1) {
-        normalise_one(x, xs, copy, norm, epsilon, &sums[0][0][0][0]);
-    } else {
-        for (int row = warp; row < rows; row += WARPS)
-            normalise_rows(x + row * IN_FEATURES, xs + row * STRIDE,
-                           copy ? copy + row * IN_FEATURES : 0, norm_weight, norm_bias, epsilon,
-                           lane);
-    }
+    const Norm norm = {norm_weight, norm_bias, normed, epsilon};
+    stage(x, xs, norm, ahead_of_x, rows, &sums[0][0][0][0]);
 #else
-    for (int row = 0; row < rows; row++) {
-#pragma unroll 8
-        for (int i = threadIdx.x; i < IN_FEATURES / 8; i += THREADS) {
-            uint4 v = ((const uint4*)(x + row * IN_FEATURES))[i];
-            order_like_weights(v);
-            ((uint4*)(xs + row * STRIDE))[staged_place(i)] = v;
-        }
-    }
+    stage(x, xs, rows);
 #endif
-    __syncthreads();
 #else
     const u16* xs = x;
-    const int stride = IN_FEATURES;
 #endif
     for (int buffer = 0; tile < tiles; buffer ^= 1) {
         float c[TILES][2][4] = {};  // two chains of products, since each waits for the one before
-        const int following = tile + gridDim.x;
-        if (following >= tiles) prefetch_share(next, next_bytes, blockIdx.x);
-        // What is added at the end is asked for at the beginning.
-        float factor[OUTPUTS], addend[OUTPUTS];
-#pragma unroll
-        for (int o = 0; o < OUTPUTS; o++) {
-            const int i = o * THREADS + threadIdx.x, column = tile * 16 + i % 16;
-            factor[o] = 1;
-            addend[o] = 0;
-            if (i >= rows * 16) continue;
-#if BITS < 16
-            factor[o] = half_to_float(scale[column]);
-#endif
-#ifdef BIAS
-            addend[o] = to_float(bias[column]);
-#endif
-#ifdef RESIDUAL
-            addend[o] += alpha * to_float(residual[i / 16 * out_features + column]);
-#endif
-        }
+        const int next = tile + gridDim.x;
+        After after;
+        load(after, scale, bias, residual, alpha, tile, rows, out_features);
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
             Weights ahead;
             if (g + 1 < GROUPS)
-                load(ahead, mine + (long long)tile * 16 * ROW_VECTORS, warp, (g + 1) * UNROLL);
-            else if (following < tiles)
-                load(ahead, mine + (long long)following * 16 * ROW_VECTORS, warp, 0);
+                load(ahead, mine + (long long)tile * 16 * ROW_VECTORS, (g + 1) * UNROLL);
+            else if (next < tiles)
+                load(ahead, mine + (long long)next * 16 * ROW_VECTORS, 0);
 #pragma unroll
-            for (int i = 0; i < UNROLL; i++) {
-                const int step = (warp * ITERATIONS + g * UNROLL + i) * 4;
-#pragma unroll
-                for (int j = 0; j < PER_VECTOR / 8; j++) {
-#ifdef STAGED
-                    const int k = step * PER_VECTOR + (j * 4 + part) * 8;
-#else
-                    const int k = (step + part) * PER_VECTOR + j * 8;
-#endif
-                    u32 a[4], b[4];
-                    eight(current.upper[i], j, a);
-                    eight(current.lower[i], j, b);
-#pragma unroll
-                    for (int n = 0; n < TILES; n++) {
-                        const int row = n * 8 + group;
-                        uint4 v = make_uint4(0, 0, 0, 0);
-                        if (row < rows) v = *(const uint4*)(xs + row * stride + k);
-#ifndef STAGED
-                        order_like_weights(v);
-#endif
-                        multiply(c[n][0], a[0], b[0], a[1], b[1], v.x, v.y);
-                        multiply(c[n][1], a[2], b[2], a[3], b[3], v.z, v.w);
-                    }
-                }
-            }
+            for (int i = 0; i < UNROLL; i++)
+                multiply_vectors(c, current.upper[i], current.lower[i], xs,
+                                 warp * ITERATIONS + g * UNROLL + i, rows);
             current = ahead;
         }
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            float(*to)[16] = &sums[buffer][warp][n * 8];
-            to[part * 2][group] = c[n][0][0] + c[n][1][0];
-            to[part * 2 + 1][group] = c[n][0][1] + c[n][1][1];
-            to[part * 2][group + 8] = c[n][0][2] + c[n][1][2];
-            to[part * 2 + 1][group + 8] = c[n][0][3] + c[n][1][3];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int o = 0; o < OUTPUTS; o++) {
-            const int i = o * THREADS + threadIdx.x, row = i / 16;
-            if (i >= rows * 16) continue;
-            float value = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) value += sums[buffer][w][row][i % 16];
-            value = value * factor[o] + addend[o];
-#ifdef GELU
-            value *= 0.5f + 0.5f * tanhf(0.7978845608f * (value + 0.044715f * value * value * value));
-#endif
-            out[row * out_features + tile * 16 + i % 16] = from_float(value);
-        }
-        tile = following;
+        put(c, sums[buffer][warp]);
+        barrier();
+        finish(sums[buffer], after, out, tile, rows, out_features);
+        tile = next;
     }
 }

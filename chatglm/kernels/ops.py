@@ -6,17 +6,20 @@ before it is asked for.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compiler import KernelError, get_kernel
+from .compiler import Kernel, KernelError, get_kernel
 
 THREADS, ROWS_PER_TILE, BLOCKS_PER_SM = 256, 16, 2
 MOST_ROWS = 32
 MOST_STAGED_BYTES = 100 << 10
 """So that two blocks fit a processor; more of x is read where it stands."""
-PREFETCHED_BYTES = 32 << 10
+STREAM, STAGES = True, 4
+_STREAM_THREADS, _CHUNK_BYTES, _STAGE_BYTES = 17 * 32, 1024, 16 * (1024 + 64)
+_STATIC_BYTES = 33 << 10  # of shared memory, what the kernels hold beside x, at the most
 _BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by the 8 warps of a block
 MOST_TOP_K = 1024
 _HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
@@ -70,53 +73,86 @@ def linear(
     residual: Tensor | None = None,
     alpha: float = 1.0,
     out: Tensor | None = None,
-    then: Tensor | None = None,
 ) -> Tensor:
     """x (B, K) times the weight's transpose, (B, N), for B up to MOST_ROWS.
 
     weight: (N, K) in x's dtype, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16. norm:
     x goes through it first, and is written to normed (B, K) so. gelu: the tanh kind, after the
-    bias. residual (B, N): alpha times it is added at the end. then: the weight that
-    the next kernel reads, to be fetched into L2 meanwhile. Sums are fp32 throughout.
+    bias. residual (B, N): alpha times it is added at the end. Sums are fp32 throughout.
     """
     (rows, in_features), out_features = x.shape, weight.shape[0]
-    bits = bits_of(weight, in_features)
-    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    steps = weight.shape[1] * weight.element_size() // _BYTES_PER_STEP
-    unroll = next(n for n in (4, 2, 1) if steps % n == 0)
-    defines = [f"BITS={bits}", f"IN_FEATURES={in_features}", f"TILES={tiles}", f"UNROLL={unroll}"]
     asked = {"NORM": norm, "BIAS": bias, "GELU": gelu or None, "RESIDUAL": residual}
-    defines += [name for name, value in asked.items() if value is not None]
-    if x.dtype == torch.bfloat16:
-        defines.append("BF16")
-    shared_bytes = staged_bytes(rows, in_features)
-    staged = norm is not None or shared_bytes <= MOST_STAGED_BYTES
-    defines += ["STAGED"] if staged else []
-    kernel = get_kernel("linear", x.device.index, tuple(defines), shared_bytes if staged else 0)
+    defines = [
+        f"BITS={bits_of(weight, in_features)}",
+        f"IN_FEATURES={in_features}",
+        f"TILES={1 if rows <= 8 else 2 if rows <= 16 else 4}",
+        *(name for name, value in asked.items() if value is not None),
+        *(["BF16"] if x.dtype == torch.bfloat16 else []),
+    ]
+    row_bytes = weight.shape[1] * weight.element_size()
+    choose = _streamed if _can_stream(rows, in_features, row_bytes, x.device) else _in_registers
+    kernel, blocks, threads = choose(defines, rows, in_features, row_bytes, norm, x.device)
     out = x.new_empty(rows, out_features) if out is None else out
-    blocks = min(out_features // ROWS_PER_TILE, BLOCKS_PER_SM * num_processors(x.device.index))
     epsilon = norm.epsilon if norm else 0.0
     norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
     kernel.launch(
-        (blocks, 1, 1),
-        THREADS,
+        (min(out_features // ROWS_PER_TILE, blocks), 1, 1),
+        threads,
         [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, rows,
-         out_features, epsilon, float(alpha), then, _share(then, blocks)],
+         out_features, epsilon, float(alpha)],
     )  # fmt: skip
     return out
 
 
-def _share(weight: Tensor | None, blocks: int) -> int:
-    """Bytes of a weight that each block fetches ahead."""
-    if weight is None:
-        return 0
-    return min(weight.nbytes // blocks // 128 * 128, PREFETCHED_BYTES)
+def _can_stream(rows: int, in_features: int, row_bytes: int, device: torch.device) -> bool:
+    room = shared_memory(device) - STAGES * _STAGE_BYTES - _STATIC_BYTES
+    fits = staged_bytes(rows, in_features) <= min(room, MOST_STAGED_BYTES)
+    # An eight of x for each thread, and whole stages.
+    whole = in_features % (8 * 16 * 32) == 0 and row_bytes % _CHUNK_BYTES == 0
+    return (
+        STREAM
+        and rows <= 8
+        and fits
+        and whole
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def _streamed(defines, rows, in_features, row_bytes, norm, device) -> tuple[Kernel, int, int]:
+    """stream.cu; blocks to start, and threads in each."""
+    shared_bytes = STAGES * _STAGE_BYTES + staged_bytes(rows, in_features)
+    defines = ("STAGED", f"STAGES={STAGES}", *defines)
+    kernel = get_kernel("stream", device.index, defines, shared_bytes)
+    return kernel, num_processors(device.index), _STREAM_THREADS
+
+
+def _in_registers(defines, rows, in_features, row_bytes, norm, device) -> tuple[Kernel, int, int]:
+    """linear.cu, likewise."""
+    steps = row_bytes // _BYTES_PER_STEP
+    shared_bytes = staged_bytes(rows, in_features)
+    room = min(shared_memory(device) - _STATIC_BYTES, MOST_STAGED_BYTES)
+    staged = norm is not None or shared_bytes <= room
+    defines = (f"UNROLL={next(n for n in (4, 2, 1) if steps % n == 0)}", *defines)
+    defines += ("STAGED",) if staged else ()
+    kernel = get_kernel("linear", device.index, defines, shared_bytes if staged else 0)
+    return kernel, BLOCKS_PER_SM * num_processors(device.index), THREADS
 
 
 def staged_bytes(rows: int, in_features: int) -> int:
     """Shared memory that rows of x take; in steps, so that few kernels are made."""
     steps = rows if rows <= 2 else 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 32
     return steps * (in_features + 32) * 2
+
+
+def supports_norm(rows: int, in_features: int, device: torch.device) -> bool:
+    """Whether so many rows of x have room in shared memory, which `linear` needs for a norm."""
+    return staged_bytes(rows, in_features) <= shared_memory(device) - _STATIC_BYTES
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have at the most."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
 
 
 def num_processors(device: int) -> int:
@@ -145,13 +181,12 @@ def attention(
     first_blocks: Tensor,
     workspace: AttentionWorkspace,
     out: Tensor,
-    then: Tensor | None = None,
 ) -> Tensor:
     """One new token a row over its cache: (B, 3 H D), query, key and value per head, to (B, H D).
 
     keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
     sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
-    lengths - first_blocks (B,). then: as for `linear`.
+    lengths - first_blocks (B,).
     """
     rows, heads, capacity, width = keys.shape
     defines = [f"MOST_KEYS={workspace.most_keys}"]
@@ -162,8 +197,7 @@ def attention(
         (workspace.splits, heads, rows),
         _ATTENTION_THREADS,
         [mixed, keys, values, *rotary, lengths, text_positions, first_blocks, workspace.parts,
-         workspace.counters, out, heads, capacity, width**-0.5, then,
-         _share(then, workspace.splits * heads * rows)],
+         workspace.counters, out, heads, capacity, width**-0.5],
     )  # fmt: skip
     return out
 

@@ -59,17 +59,15 @@ DEVICE u64 sorted(u64 key, u64* shared) {
     return key;
 }
 
-DEVICE u64 largest(u64 key, u64* shared) {
+DEVICE float largest(float value, float* shared) {
 #pragma unroll
-    for (int step = 16; step; step >>= 1) {
-        const u64 fellow = __shfl_xor_sync(0xffffffff, key, step);
-        key = fellow > key ? fellow : key;
-    }
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = key;
+    for (int step = 16; step; step >>= 1)
+        value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, step));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
     __syncthreads();
-    for (int w = 0; w < 32; w++) key = shared[w] > key ? shared[w] : key;
+    for (int w = 0; w < 32; w++) value = fmaxf(value, shared[w]);
     __syncthreads();
-    return key;
+    return value;
 }
 
 DEVICE float running_sum(float value, float* shared) {  // of this thread and those before it
@@ -86,22 +84,53 @@ DEVICE float running_sum(float value, float* shared) {  // of this thread and th
     return value;
 }
 
+// The larger of two pairs, NaN if there is one.
+DEVICE u32 larger(u32 a, u32 b) {
+    u32 out;
+#if __CUDA_ARCH__ < 800
+    out = pack(low(a) >= low(b) || low(a) != low(a) ? low(a) : low(b),
+               high(a) >= high(b) || high(a) != high(a) ? high(a) : high(b));
+#elif defined(BF16)
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#else
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#endif
+    return out;
+}
+DEVICE float larger_half(u32 pair) { return fmaxf(low(pair), high(pair)); }
+
 struct Scores {
     const uint4* eights;
     const u32* seen;  // a bit for each token of the row so far
     float penalty;
 
-    DEVICE void keys(int place, u64* out, bool& finite) const {
+    DEVICE float value(int place, const u32* pairs, int j) const {
+        const float score = j % 2 ? high(pairs[j / 2]) : low(pairs[j / 2]);
+        if (penalty == 1.f || !(seen[place / 4] >> (place % 4 * 8 + j) & 1)) return score;
+        return score < 0 ? score * penalty : score / penalty;
+    }
+
+    // The largest of eight; `magnitude` becomes the largest of all, as a pair.
+    DEVICE float most(int place, u32& magnitude) const {
         const uint4 eight = eights[place];
         const u32* pairs = (const u32*)&eight;
-        const u32 marked = penalty != 1.f ? seen[place / 4] >> (place % 4 * 8) : 0;
+        u32 top = pairs[0];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float value = j % 2 ? high(pairs[j / 2]) : low(pairs[j / 2]);
-            finite = finite && fabsf(value) < __int_as_float(0x7f800000);
-            if (marked >> j & 1) value = value < 0 ? value * penalty : value / penalty;
-            out[j] = key_of(value, place * 8 + j);
+        for (int j = 0; j < 4; j++) {
+            top = larger(top, pairs[j]);
+            magnitude = larger(magnitude, pairs[j] & 0x7fff7fff);
         }
+        if (penalty == 1.f) return larger_half(top);
+        float best = value(place, pairs, 0);
+        for (int j = 1; j < 8; j++) best = fmaxf(best, value(place, pairs, j));
+        return best;
+    }
+
+    DEVICE void keys(int place, u64* out) const {
+        const uint4 eight = eights[place];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            out[j] = key_of(value(place, (const u32*)&eight, j), place * 8 + j);
     }
 };
 
@@ -110,10 +139,9 @@ DEVICE int reaching(const Scores& scores, u32 bound, int vocabulary, int* count)
     if (threadIdx.x == 0) *count = 0;
     __syncthreads();
     int mine = 0;
-    bool finite = true;
     for (int place = threadIdx.x; place < vocabulary / 8; place += THREADS) {
         u64 keys[8];
-        scores.keys(place, keys, finite);
+        scores.keys(place, keys);
 #pragma unroll
         for (int j = 0; j < 8; j++) mine += (u32)(keys[j] >> 32) >= bound;
     }
@@ -122,33 +150,19 @@ DEVICE int reaching(const Scores& scores, u32 bound, int vocabulary, int* count)
     return *count;
 }
 
-// The token of a row whose `best` is the largest of each thread's own keys.
-DEVICE int draw(const Scores& scores, u64 best, int vocabulary, int top_k, float top_p,
-                float inverse_temperature, float chance, u64* shared, float* sums, int* count) {
-    const int i = threadIdx.x;
-    shared[i] = sorted(best, shared);
+// Puts the keys that reach the bound into shared memory; how many there are.
+DEVICE int collect(const Scores& scores, u32 bound, int vocabulary, u64* shared, int* count) {
     __syncthreads();
-    u32 bound = (u32)(shared[top_k - 1] >> 32), highest = (u32)(shared[0] >> 32);
-    // With top_k near the number of threads, more may reach the bound than there is room for.
-    for (int reach = reaching(scores, bound, vocabulary, count);
-         reach > THREADS && bound < highest;) {
-        const u32 middle = bound + (highest - bound + 1) / 2;
-        const int fewer = reaching(scores, middle, vocabulary, count);
-        if (fewer >= top_k) {
-            bound = middle;
-            reach = fewer;
-        } else {
-            highest = middle - 1;
-        }
-    }
-    shared[i] = NO_KEY;
-    if (i == 0) *count = 0;
+    shared[threadIdx.x] = NO_KEY;
+    if (threadIdx.x == 0) *count = 0;
     __syncthreads();
-    bool finite = true;
-    for (int place = i; place < vocabulary / 8; place += THREADS) {
+    const float least = value_of((u64)bound << 32);
+    u32 magnitude = 0;
+#pragma unroll 4
+    for (int place = threadIdx.x; place < vocabulary / 8; place += THREADS) {
+        if (scores.most(place, magnitude) < least) continue;
         u64 keys[8];
-        scores.keys(place, keys, finite);
-#pragma unroll
+        scores.keys(place, keys);
         for (int j = 0; j < 8; j++) {
             if ((u32)(keys[j] >> 32) < bound) continue;
             const int at = atomicAdd(count, 1);
@@ -156,6 +170,26 @@ DEVICE int draw(const Scores& scores, u64 best, int vocabulary, int top_k, float
         }
     }
     __syncthreads();
+    return *count;
+}
+
+// A token of a row; `best` is the largest of each thread's own scores.
+DEVICE int draw(const Scores& scores, float best, int vocabulary, int top_k, float top_p,
+                float inverse_temperature, float chance, u64* shared, float* sums, int* count) {
+    const int i = threadIdx.x;
+    shared[i] = sorted(key_of(best, i), shared);
+    __syncthreads();
+    u32 bound = (u32)(shared[top_k - 1] >> 32), highest = (u32)(shared[0] >> 32);
+    // With top_k near the number of threads, more may reach the bound than there is room for.
+    while (collect(scores, bound, vocabulary, shared, count) > THREADS && bound < highest) {
+        while (bound < highest) {
+            const u32 middle = bound + (highest - bound + 1) / 2;
+            if (reaching(scores, middle, vocabulary, count) < top_k)
+                highest = middle - 1;
+            else
+                bound = middle;
+        }
+    }
     const u64 key = sorted(shared[i], shared);
     shared[i] = key;
     __syncthreads();
@@ -188,24 +222,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     u32* marks = seen + (long long)row * (vocabulary / 32);
     const Scores mine = {(const uint4*)(scores + (long long)row * vocabulary), marks,
                          rules[row * 3 + 2]};
-    if (i == 0) count = is_broken = 0;
+    if (i == 0) is_broken = 0;
     wait_for_previous();
     __syncthreads();
-    u64 best = NO_KEY;
-    bool finite = true;
-    for (int place = i; place < vocabulary / 8; place += THREADS) {
-        u64 keys[8];
-        mine.keys(place, keys, finite);
-#pragma unroll
-        for (int j = 0; j < 8; j++) best = keys[j] > best ? keys[j] : best;
-    }
-    if (!finite) is_broken = 1;
+    float best = __int_as_float(0xff800000);
+    u32 magnitude = 0;
+#pragma unroll 4
+    for (int place = i; place < vocabulary / 8; place += THREADS)
+        best = fmaxf(best, mine.most(place, magnitude));
+    if (!(larger_half(magnitude) < __int_as_float(0x7f800000)) || low(magnitude) != low(magnitude)
+        || high(magnitude) != high(magnitude))
+        is_broken = 1;
+    if (i == 0) count = vocabulary;
     __syncthreads();
     int token;
     if (is_broken) {
         token = guard_token;
     } else if (top_k == 1) {
-        token = index_of(largest(best, shared));
+        const float most = largest(best, sums);
+        for (int place = i; best == most && place < vocabulary / 8; place += THREADS) {
+            u64 keys[8];
+            mine.keys(place, keys);
+            for (int j = 0; j < 8; j++)
+                if (value_of(keys[j]) == most) atomicMin(&count, place * 8 + j);
+        }
+        __syncthreads();
+        token = count;
     } else {
         const float chance = uniform(seeds[row * 2], seeds[row * 2 + 1], step);
         token = draw(mine, best, vocabulary, top_k, top_p, inverse_temperature, chance, shared,
