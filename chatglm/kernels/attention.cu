@@ -8,7 +8,7 @@
 #define KEYS 64
 #define THREADS 128
 #define SPLITS ((MOST_KEYS + KEYS - 1) / KEYS)
-static_assert(SPLITS <= 32, "a warp joins the parts");
+static_assert(SPLITS <= THREADS, "a thread reads the largest score of a part");
 #define STEPS (KEYS / 8)  // 16 lanes hold a key, 128 threads 8 of them
 
 // One of the D values of a head, turned by its position; the fellow of i in its half's quarter.
@@ -127,21 +127,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    __shared__ float factors[SPLITS];
-    if (i < used) factors[i] = __ldcg(all_parts + i * (D + 2) + D);
-    float share = i < used ? __ldcg(all_parts + i * (D + 2) + D + 1) : 0;
+    __shared__ float factors[SPLITS], shares[SPLITS];
+    if (i < used) {
+        factors[i] = __ldcg(all_parts + i * (D + 2) + D);
+        shares[i] = __ldcg(all_parts + i * (D + 2) + D + 1);
+    }
     __syncthreads();
-    float top = -1e30f;
+    float top = -1e30f, value = 0, share = 0;
     for (int s = 0; s < used; s++) top = fmaxf(top, factors[s]);
     __syncthreads();
-    const float factor = i < used ? __expf(factors[i] - top) : 0;
-    if (i < used) factors[i] = factor;
-    share = warp_sum(share * factor);  // SPLITS is 32 at most
-    if (i == 0) scores[0] = share;
+    if (i < used) factors[i] = __expf(factors[i] - top);
     __syncthreads();
-    float value = 0;
 #pragma unroll 8
-    for (int s = 0; s < used; s++) value += factors[s] * __ldcg(all_parts + s * (D + 2) + i);
-    to[i] = from_float(value / scores[0]);
+    for (int s = 0; s < used; s++) {
+        value += factors[s] * __ldcg(all_parts + s * (D + 2) + i);
+        share += factors[s] * shares[s];
+    }
+    to[i] = from_float(value / share);
     if (i == 0) counters[row * heads + head] = 0;
 }

@@ -178,17 +178,25 @@ DEVICE void normalise_one(const u16* x, u16* to, u16* copy, const NormWeights& w
     }
 }
 
-// A row by each warp; read three times, from L1 but for the first: there are no registers for it.
+// A row by each warp, read three times, from L1 but for the first: there are no registers for it. The
+// sums go in the order of normalise_one, so that a row comes out the same alone and among others.
+DEVICE float sum_of_row(const u16* x, float mean, bool squares, int lane) {
+    float total = 0;
+#pragma unroll 4
+    for (int warp = 0; warp < WARPS; warp++) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < MINE; i++)
+            sum += sum_of(((const uint4*)x)[i * THREADS + warp * 32 + lane], mean, squares);
+        total += warp_sum(sum);
+    }
+    return total;
+}
+
 DEVICE void normalise_rows(const u16* x, u16* to, u16* copy, const u16* weight, const u16* bias,
                            float epsilon, int lane) {
-    float sum = 0, squares = 0;
-#pragma unroll 4
-    for (int i = lane; i < IN_FEATURES / 8; i += 32) sum += sum_of(((const uint4*)x)[i], 0, false);
-    const float mean = warp_sum(sum) / IN_FEATURES;
-#pragma unroll 4
-    for (int i = lane; i < IN_FEATURES / 8; i += 32)
-        squares += sum_of(((const uint4*)x)[i], mean, true);
-    const float scale = rsqrtf(warp_sum(squares) / IN_FEATURES + epsilon);
+    const float mean = sum_of_row(x, 0, false, lane) / IN_FEATURES;
+    const float scale = rsqrtf(sum_of_row(x, mean, true, lane) / IN_FEATURES + epsilon);
 #pragma unroll 2
     for (int i = lane; i < IN_FEATURES / 8; i += 32) {
         uint4 v = ((const uint4*)x)[i];
