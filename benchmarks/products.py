@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from chatglm.kernels import ops  # noqa: E402
+from chatglm.kernels import ops
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]
 HEAD = (130528, 4096)

@@ -203,7 +203,9 @@ def test_a_row_with_broken_scores_gets_the_guard_token_and_the_others_do_not(bro
 def test_tokens_are_drawn_as_often_as_transformers_rules_say(top_k, top_p, temperature, penalty):
     from chatglm.sampling import Sampling
 
-    scores, steps = random(1, 4096, scale=2.0), 20_000
+    # No two alike: which of equal scores stands at a limit is nobody's rule.
+    scores, steps = random(200_000, scale=2.0).unique(), 20_000
+    scores = scores[torch.randperm(len(scores), device="cuda")][None, :4096].contiguous()
     sampler = Sampler(scores, top_k=top_k, top_p=top_p, temperature=temperature, penalty=penalty)
     so_far = torch.arange(0, 4096, 3, device="cuda")[None]
     marks = torch.zeros(4096, dtype=torch.int64, device="cuda")

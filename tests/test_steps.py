@@ -71,6 +71,7 @@ def logits_after(exact, prompts, tokens):
     return logits[:, ids.shape[1] - 1 : -1].transpose(0, 1).float()
 
 
+@torch.inference_mode()
 def captured_scores(model, prompts, count, room=256):
     """Scores (count, B, V) and the greedy tokens (count, B) of captured steps."""
     ids, mask = padded(prompts)
@@ -111,7 +112,8 @@ def test_scores_are_as_exact_as_the_half_precision_forward_pass(kind):
         scores, tokens = captured_scores(model, prompts, 12)
         expected = logits_after(exact, prompts, tokens)
         plain = logits_after(model, prompts, tokens)
-        assert relative(scores, expected) < 1.2 * relative(plain, expected) + 1e-4, lengths
+        bound = 1.2 * relative(plain, expected) + 1e-4
+        assert relative(scores, expected) < bound, lengths
         chosen = scores.argmax(dim=-1).cpu()
         assert torch.equal(tokens, chosen)
 
@@ -128,7 +130,7 @@ def test_virtual_tokens_stand_before_the_cache(virtual):
     model.transformer.prefix_encoder, model.config.pre_seq_len = None, None
     without, _ = captured_scores(model, prompts, 8)
     model.transformer.prefix_encoder = no_prefix
-    assert relative(without, expected) > 0.05
+    assert relative(without, expected) > 10 * relative(scores, expected)
 
 
 def answer(model, prompts, count, **options):

@@ -24,6 +24,8 @@ CACHE = "~/.cache/chatglm-6b/kernels"
 SOURCES = pathlib.Path(__file__).parent
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_CARVEOUT_VALUE = 100
+_SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 USUAL_SHARED_BYTES = 48 << 10
 
 
@@ -142,10 +144,13 @@ class Kernel:
                 "load",
             )
             if shared_bytes > USUAL_SHARED_BYTES:
-                self._check(
-                    _driver().cuFuncSetAttribute(self.function, _MOST_SHARED_BYTES, shared_bytes),
-                    "give shared memory to",
-                )
+                self._set(_MOST_SHARED_BYTES, shared_bytes)
+            if self.overlaps:  # a processor that had to divide its memory anew would first drain
+                self._set(_SHARED_CARVEOUT, _SHARED_CARVEOUT_VALUE)
+
+    def _set(self, attribute: int, value: int) -> None:
+        status = _driver().cuFuncSetAttribute(self.function, attribute, value)
+        self._check(status, "give shared memory to")
 
     def _check(self, status: int, doing: str) -> None:
         if status:

@@ -17,7 +17,7 @@ THREADS, ROWS_PER_TILE, BLOCKS_PER_SM = 256, 16, 2
 MOST_ROWS = 32
 MOST_STAGED_BYTES = 100 << 10
 """So that two blocks fit a processor; more of x is read where it stands."""
-STREAM, STAGES = True, 4
+STREAM, WIDE_INT4 = True, False
 _STREAM_THREADS, _CHUNK_BYTES, _STAGE_BYTES = 17 * 32, 1024, 16 * (1024 + 64)
 _STATIC_BYTES = 33 << 10  # of shared memory, what the kernels hold beside x, at the most
 _BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by the 8 warps of a block
@@ -85,12 +85,15 @@ def linear(
     defines = [
         f"BITS={bits_of(weight, in_features)}",
         f"IN_FEATURES={in_features}",
-        f"TILES={1 if rows <= 8 else 2 if rows <= 16 else 4}",
+        f"ROWS={_row_steps(rows)}",
         *(name for name, value in asked.items() if value is not None),
         *(["BF16"] if x.dtype == torch.bfloat16 else []),
     ]
     row_bytes = weight.shape[1] * weight.element_size()
-    choose = _streamed if _can_stream(rows, in_features, row_bytes, x.device) else _in_registers
+    streams = _can_stream(rows, in_features, row_bytes, x.device)
+    if not WIDE_INT4 and bits_of(weight, in_features) == 4 and out_features > 3 * in_features - 1:
+        streams = False
+    choose = _streamed if streams else _in_registers
     kernel, blocks, threads = choose(defines, rows, in_features, row_bytes, norm, x.device)
     out = x.new_empty(rows, out_features) if out is None else out
     epsilon = norm.epsilon if norm else 0.0
@@ -105,7 +108,7 @@ def linear(
 
 
 def _can_stream(rows: int, in_features: int, row_bytes: int, device: torch.device) -> bool:
-    room = shared_memory(device) - STAGES * _STAGE_BYTES - _STATIC_BYTES
+    room = shared_memory(device) - _stages(in_features) * _STAGE_BYTES - _STATIC_BYTES
     fits = staged_bytes(rows, in_features) <= min(room, MOST_STAGED_BYTES)
     # An eight of x for each thread, and whole stages.
     whole = in_features % (8 * 16 * 32) == 0 and row_bytes % _CHUNK_BYTES == 0
@@ -118,10 +121,16 @@ def _can_stream(rows: int, in_features: int, row_bytes: int, device: torch.devic
     )
 
 
+def _stages(in_features: int) -> int:
+    """As many as let two blocks of one row stand on a processor."""
+    return 5 if in_features <= 4096 else 4
+
+
 def _streamed(defines, rows, in_features, row_bytes, norm, device) -> tuple[Kernel, int, int]:
     """stream.cu; blocks to start, and threads in each."""
-    shared_bytes = STAGES * _STAGE_BYTES + staged_bytes(rows, in_features)
-    defines = ("STAGED", f"STAGES={STAGES}", *defines)
+    stages = _stages(in_features)
+    shared_bytes = stages * _STAGE_BYTES + staged_bytes(rows, in_features)
+    defines = ("STAGED", f"STAGES={stages}", *defines)
     kernel = get_kernel("stream", device.index, defines, shared_bytes)
     return kernel, num_processors(device.index), _STREAM_THREADS
 
@@ -139,9 +148,13 @@ def _in_registers(defines, rows, in_features, row_bytes, norm, device) -> tuple[
 
 
 def staged_bytes(rows: int, in_features: int) -> int:
-    """Shared memory that rows of x take; in steps, so that few kernels are made."""
-    steps = rows if rows <= 2 else 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 32
-    return steps * (in_features + 32) * 2
+    """Shared memory that rows of x take."""
+    return _row_steps(rows) * (in_features + 32) * 2
+
+
+def _row_steps(rows: int) -> int:
+    """The next power of two, so that few kernels are made."""
+    return 1 << (rows - 1).bit_length()
 
 
 def supports_norm(rows: int, in_features: int, device: torch.device) -> bool:
@@ -256,7 +269,7 @@ def supports_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> bo
     return (
         enough
         and weight.is_contiguous()
-        and weight.shape[1] % 16 == 0
+        and weight.shape[1] % 8 == 0
         and reason_against_card(weight.device.index) is None
     )
 
@@ -267,8 +280,8 @@ def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     defines = [f"BITS={bits}", *(["BF16"] if dtype == torch.bfloat16 else [])]
     kernel = get_kernel("dequantize", weight.device.index, tuple(defines))
-    blocks = -(-weight.nbytes // 16 // THREADS)
-    kernel.launch((blocks, 1, 1), THREADS, [weight, scale, out, rows, in_features])
+    eights = in_features // 8
+    kernel.launch((rows, -(-eights // THREADS), 1), THREADS, [weight, scale, out, eights])
     return out
 
 

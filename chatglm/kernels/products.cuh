@@ -1,6 +1,6 @@
 // What the two kernels of linear products share: weights to fp values, x in shared memory, and what
-// comes after the sums. To be defined before: BITS, IN_FEATURES (K), TILES of 8 rows of x, WARPS that
-// compute, STAGED, NORM, BIAS, GELU, RESIDUAL as they are wanted, and barrier() for those warps.
+// comes after the sums. To be defined before: BITS, IN_FEATURES (K), ROWS of x at the most (a power of
+// two), WARPS that compute, STAGED, NORM, BIAS, GELU, RESIDUAL as they are wanted, and barrier() for those warps.
 //
 // The products are tensor core ones, m16n8k16: 16 rows of the weight, 8 of x. With one row of x seven
 // eighths of them are of zeros, but the time is that of reading the weight. The order of k within a
@@ -11,7 +11,7 @@
 #define PER_VECTOR (128 / BITS)                  // weights in 16 bytes
 #define ROW_VECTORS (IN_FEATURES / PER_VECTOR)   // 16-byte vectors of a weight row
 #define STRIDE (IN_FEATURES + 32)                // of x in shared memory, against bank conflicts
-#define ROWS (TILES * 8)
+#define TILES ((ROWS + 7) / 8)                   // of 8 rows of x
 #define OUTPUTS ((ROWS * 16 + THREADS - 1) / THREADS)  // of a tile, a thread
 
 #ifdef BF16
@@ -275,11 +275,13 @@ DEVICE void put(const float (*c)[2][4], float (*sums)[16]) {
     const int group = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-        float(*to)[16] = sums + n * 8;
-        to[part * 2][group] = c[n][0][0] + c[n][1][0];
-        to[part * 2 + 1][group] = c[n][0][1] + c[n][1][1];
-        to[part * 2][group + 8] = c[n][0][2] + c[n][1][2];
-        to[part * 2 + 1][group + 8] = c[n][0][3] + c[n][1][3];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int row = n * 8 + part * 2 + j;
+            if (ROWS < 8 && row >= ROWS) continue;
+            sums[row][group] = c[n][0][j] + c[n][1][j];
+            sums[row][group + 8] = c[n][0][j + 2] + c[n][1][j + 2];
+        }
     }
 }
 

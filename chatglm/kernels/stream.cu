@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) stream(
     int out_features, float epsilon, float alpha) {
     let_next_start();
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ float sums[WARPS][ROWS][16];
+    __shared__ float sums[2][WARPS][ROWS][16];
     __shared__ __align__(8) unsigned long long barriers[2][STAGES];
     u16* xs = (u16*)(memory + STAGES * STAGE);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = out_features / 16;
@@ -92,12 +92,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) stream(
     wait_for_previous();
 #ifdef NORM
     const Norm norm = {norm_weight, norm_bias, normed, epsilon};
-    stage(x, xs, norm, ahead_of_x, rows, &sums[0][0][0]);
+    stage(x, xs, norm, ahead_of_x, rows, &sums[0][0][0][0]);
 #else
     stage(x, xs, rows);
 #endif
     Turn turn = {0, 0};
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = blockIdx.x, buffer = 0; tile < tiles; tile += gridDim.x, buffer ^= 1) {
         float c[TILES][2][4] = {};
         After after;
         load(after, scale, bias, residual, alpha, tile, rows, out_features);
@@ -112,9 +112,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) stream(
             turn.advance();
             multiply_vectors(c, upper, lower, xs, chunk * WARPS + warp, rows);
         }
-        barrier();  // the sums of the tile before have been used
-        put(c, sums[warp]);
+        put(c, sums[buffer][warp]);
         barrier();
-        finish(sums, after, out, tile, rows, out_features);
+        finish(sums[buffer], after, out, tile, rows, out_features);
     }
 }
