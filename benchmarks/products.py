@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from chatglm.kernels import ops
+from chatglm.kernels import ops, products
 
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]
 HEAD = (130528, 4096)
@@ -50,7 +50,7 @@ def triton_rows(x, weight, scale, out, K: tl.constexpr, BITS: tl.constexpr, N_BL
 
 def by_triton(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor) -> None:
     """The product of one row through `triton_rows`."""
-    bits = ops.bits_of(weight, x.shape[1])
+    bits = products.bits_of(weight, x.shape[1])
     triton_rows[(weight.shape[0] // 8,)](
         x, weight, scale, out, K=x.shape[1], BITS=bits, N_BLOCK=8, K_BLOCK=512, num_warps=4
     )
@@ -104,9 +104,9 @@ def measure(shape: tuple[int, int], bits: int, rows: int) -> dict[str, float]:
         ways["Triton"] = lambda weight: by_triton(x, weight, scale, out)
     found = {name: microseconds(work, weights) for name, work in ways.items()}
     for name, streams in (("in registers", False), ("streamed", True)):
-        ops.STREAM = streams
-        found[name] = microseconds(lambda w: ops.linear(x, w, scale=scale, out=out), weights)
-    ops.STREAM = True
+        products.STREAM = streams
+        found[name] = microseconds(lambda w: products.linear(x, w, scale=scale, out=out), weights)
+    products.STREAM = True
     return found
 
 

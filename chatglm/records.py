@@ -166,7 +166,8 @@ class _RecordTarget:
         """The records' offsets."""
         crcs = np.fromiter(map(google_crc32c.value, all_data), np.uint64, len(all_data))
         footers = _masked(crcs).astype("<u4").tobytes()
-        offsets, records = [], []
+        offsets: list[int] = []
+        records: list[bytes] = []
         for number, data in enumerate(all_data):
             footer = footers[number * FOOTER : (number + 1) * FOOTER]
             records += (_record_header(len(data)), data, footer)

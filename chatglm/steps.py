@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import ops
+from .kernels import ops, products
 from .positions import find_context
 from .prefill import read_prompts
 from .quantization.linear import QuantizedLinear
@@ -57,7 +57,7 @@ def reason_against(model: Any) -> str | None:
     if head.dtype != norm.dtype or not isinstance(model.transformer.word_embeddings, nn.Embedding):
         return "its embeddings are packed"
     for linear in [*linears, model.lm_head]:
-        if not ops.supports_linear(norm.new_empty(linear.in_features), linear.weight):
+        if not products.supports_linear(norm.new_empty(linear.in_features), linear.weight):
             return "the shape of its weights, or the card, does not suit them"
     return ops.reason_against_card(norm.device.index)
 
@@ -93,7 +93,9 @@ class CapturedStep:
         shape = (config.num_layers, 2, rows, heads, room, config.head_width)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self.counts = Counts.zeros(rows, device)
-        self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
+        self.workspace = ops.AttentionWorkspace(
+            rows, heads, room, device, beside_streams=products.streams_rows(rows, device.index)
+        )
         self.rotary = rotary_tables(
             config.max_sequence_length, config.head_width // 2, half=True, device=device
         )
@@ -111,7 +113,7 @@ class CapturedStep:
         self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
-        self._norms_within = rows <= NORM_ROWS and ops.supports_norm(rows, width, device)
+        self._norms_within = rows <= NORM_ROWS and products.supports_norm(rows, width, device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -253,17 +255,17 @@ class CapturedStep:
         alpha: so many times the last normed vector is added.
         """
         scale = linear.weight_scale if isinstance(linear, QuantizedLinear) else None
-        if self.rows > (LIBRARY_ROWS if scale is None else ops.MOST_ROWS):
+        if self.rows > (LIBRARY_ROWS if scale is None else products.MOST_ROWS):
             self._library_product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
             return
         if norm is not None and not self._norms_within:
             x, norm = self._normalise(x, norm), None
-        ops.linear(
+        products.linear(
             x,
             linear.weight,
             scale=scale,
             bias=linear.bias,
-            norm=ops.Norm(norm.weight, norm.bias, norm.eps) if norm is not None else None,
+            norm=products.Norm(norm.weight, norm.bias, norm.eps) if norm is not None else None,
             normed=self.normed if norm is not None else None,
             gelu=gelu,
             residual=self.normed if alpha is not None else None,

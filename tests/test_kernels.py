@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from chatglm.kernels import ops
+from chatglm.kernels import ops, products
 from chatglm.quantization.linear import dequantize_rows, quantize_rows, unpack_int4
 from chatglm.rotary import apply_rotary, rotary_for_positions, rotary_tables
 
@@ -49,7 +49,7 @@ def test_products_are_as_exact_as_the_librarys(out_features, in_features, bits, 
     bias = random(out_features, dtype=dtype)
     for rows in ROWS:
         x, out = random(rows, in_features, dtype=dtype), poisoned(rows, out_features, dtype=dtype)
-        ops.linear(x, weight, scale=scale, bias=bias, out=out)
+        products.linear(x, weight, scale=scale, bias=bias, out=out)
         expected = x.double() @ matrix.T + bias.double()
         library = torch.nn.functional.linear(x, matrix.to(dtype), bias)
         assert error(out, expected) < 1.05 * error(library, expected) + 1e-5, rows
@@ -59,7 +59,7 @@ def test_the_head_is_as_exact_as_the_librarys():
     weight, _, matrix = packed(130528, 4096, 16, torch.float16)
     for rows in (1, 3, 8):
         x, out = random(rows, 4096), poisoned(rows, 130528)
-        ops.linear(x, weight, out=out)
+        products.linear(x, weight, out=out)
         expected = x.double() @ matrix.T
         assert error(out, expected) < 1.05 * error(x @ weight.T, expected)
 
@@ -70,9 +70,9 @@ def test_the_head_is_as_exact_as_the_librarys():
 def test_norm_gelu_and_residual_around_a_product(bits, rows, dtype):
     weight, scale, matrix = packed(16384, 4096, bits, dtype)
     bias, x = random(16384, dtype=dtype), random(rows, 4096, dtype=dtype, scale=3.0)
-    norm = ops.Norm(random(4096, dtype=dtype), random(4096, dtype=dtype), 1e-5)
+    norm = products.Norm(random(4096, dtype=dtype), random(4096, dtype=dtype), 1e-5)
     normed, out = poisoned(rows, 4096, dtype=dtype), poisoned(rows, 16384, dtype=dtype)
-    ops.linear(x, weight, scale=scale, bias=bias, norm=norm, normed=normed, gelu=True, out=out)
+    products.linear(x, weight, scale=scale, bias=bias, norm=norm, normed=normed, gelu=True, out=out)
     rounding = 3e-3 if dtype == torch.bfloat16 else 4e-4
     exactly = torch.nn.functional.layer_norm(
         x.double(), (4096,), norm.weight.double(), norm.bias.double(), 1e-5
@@ -82,7 +82,7 @@ def test_norm_gelu_and_residual_around_a_product(bits, rows, dtype):
     assert error(out, torch.nn.functional.gelu(sums, approximate="tanh")) < rounding
 
     residual, out = random(rows, 16384, dtype=dtype), poisoned(rows, 16384, dtype=dtype)
-    ops.linear(x, weight, scale=scale, bias=bias, residual=residual, alpha=7.48, out=out)
+    products.linear(x, weight, scale=scale, bias=bias, residual=residual, alpha=7.48, out=out)
     expected = x.double() @ matrix.T + bias.double() + 7.48 * residual.double()
     assert error(out, expected) < rounding
 

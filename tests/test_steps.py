@@ -1,5 +1,7 @@
 """Captured steps beside the model's own forward pass in fp32."""
 
+import copy
+
 import pytest
 import torch
 
@@ -37,9 +39,7 @@ def build(bits=0, *, dtype=torch.float16, width=4096, pre_seq_len=None):
 
         quantize_blocks(model.transformer.layers, bits, torch.device("cuda"))
         config.quantization_bit = bits
-    exact = ChatGLMForConditionalGeneration(config).cuda().float().eval()
-    exact.load_state_dict(model.state_dict())
-    return model, exact
+    return model, copy.deepcopy(model).float()
 
 
 @pytest.fixture(autouse=True)

@@ -39,10 +39,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) linear(
     NormWeights ahead_of_x;
     if (rows == 1) load(ahead_of_x, norm_weight, norm_bias);
 #endif
-    wait_for_previous();
-#ifdef STAGED
+    Ahead ahead_of_sums;
+    ask(ahead_of_sums, scale, bias, out_features);
     extern __shared__ uint4 staged[];
+    wait_for_previous();
+    ask_for_residual(ahead_of_sums, residual, alpha, rows, out_features);
+#ifdef STAGED
     u16* xs = (u16*)staged;
+    float* after = (float*)(xs + ROWS * STRIDE);
 #ifdef NORM
     const Norm norm = {norm_weight, norm_bias, normed, epsilon};
     stage(x, xs, norm, ahead_of_x, rows, &sums[0][0][0][0]);
@@ -51,12 +55,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) linear(
 #endif
 #else
     const u16* xs = x;
+    float* after = (float*)staged;
 #endif
+    put(ahead_of_sums, after, out_features);
     for (int buffer = 0; tile < tiles; buffer ^= 1) {
         float c[TILES][2][4] = {};  // two chains of products, since each waits for the one before
         const int next = tile + gridDim.x;
-        After after;
-        load(after, scale, bias, residual, alpha, tile, rows, out_features);
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
             Weights ahead;
@@ -73,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) linear(
         put(c, sums[buffer][warp]);
         barrier();
         finish(sums[buffer], after, out, tile, rows, out_features);
+        after += AFTER;
         tile = next;
     }
 }

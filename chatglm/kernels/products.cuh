@@ -245,28 +245,60 @@ DEVICE void stage(const u16* x, u16* xs, int rows) {
 #endif
 #endif
 
-// What a tile's sums are multiplied with and what is added, asked for before the sums are there.
-struct After {
-    float factor[OUTPUTS], addend[OUTPUTS];
+// What the sums are multiplied with and what is added: asked for ahead, of all the block's tiles. While
+// the memory is busy with weights, an answer takes longer than a tile's products.
+#if defined(BIAS) || defined(RESIDUAL)
+#define ADDENDS (ROWS * 16)
+#else
+#define ADDENDS 0
+#endif
+#define FACTORS (BITS < 16 ? 16 : 0)
+#define AFTER (FACTORS + ADDENDS)  // floats of a tile in shared memory; ops.py reckons with it
+
+struct Ahead {  // of one column of one of the block's tiles, a thread
+    float factor, addend[ROWS];
 };
 
-DEVICE void load(After& after, const u16* scale, const u16* bias, const u16* residual, float alpha,
-                 int tile, int rows, int out_features) {
-#pragma unroll
-    for (int o = 0; o < OUTPUTS; o++) {
-        const int i = o * THREADS + threadIdx.x, column = tile * 16 + i % 16;
-        after.factor[o] = 1;
-        after.addend[o] = 0;
-        if (i >= rows * 16) continue;
+DEVICE int own_column(int out_features) {  // the thread's, or out_features if it has none
+    const int tile = blockIdx.x + threadIdx.x / 16 * gridDim.x;
+    return min(tile * 16 + (int)threadIdx.x % 16, out_features);
+}
+
+DEVICE void ask(Ahead& ahead, const u16* scale, const u16* bias, int out_features) {
+    const int column = own_column(out_features);
+    float addend = 0;
+    ahead.factor = 1;
+    if (column < out_features) {
 #if BITS < 16
-        after.factor[o] = half_to_float(scale[column]);
+        ahead.factor = half_to_float(scale[column]);
 #endif
 #ifdef BIAS
-        after.addend[o] = to_float(bias[column]);
+        addend = to_float(bias[column]);
 #endif
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) ahead.addend[row] = addend;
+}
+
+DEVICE void ask_for_residual(Ahead& ahead, const u16* residual, float alpha, int rows,
+                             int out_features) {
 #ifdef RESIDUAL
-        after.addend[o] += alpha * to_float(residual[i / 16 * out_features + column]);
+    const int column = own_column(out_features);
+#pragma unroll
+    for (int row = 0; row < ROWS; row++)
+        if (row < rows && column < out_features)
+            ahead.addend[row] += alpha * to_float(residual[row * out_features + column]);
 #endif
+}
+
+// The barrier of the first tile makes it seen.
+DEVICE void put(const Ahead& ahead, float* after, int out_features) {
+    if (AFTER == 0 || own_column(out_features) == out_features) return;
+    float* to = after + threadIdx.x / 16 * AFTER + threadIdx.x % 16;
+    if (FACTORS) to[0] = ahead.factor;
+    if (ADDENDS) {
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) to[FACTORS + row * 16] = ahead.addend[row];
     }
 }
 
@@ -285,7 +317,8 @@ DEVICE void put(const float (*c)[2][4], float (*sums)[16]) {
     }
 }
 
-DEVICE void finish(const float (*sums)[ROWS][16], const After& after, u16* out, int tile, int rows,
+// after: that of the tile.
+DEVICE void finish(const float (*sums)[ROWS][16], const float* after, u16* out, int tile, int rows,
                    int out_features) {
 #pragma unroll
     for (int o = 0; o < OUTPUTS; o++) {
@@ -294,7 +327,8 @@ DEVICE void finish(const float (*sums)[ROWS][16], const After& after, u16* out, 
         float value = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) value += sums[w][row][i % 16];
-        value = value * after.factor[o] + after.addend[o];
+        if (FACTORS) value *= after[i % 16];
+        if (ADDENDS) value += after[FACTORS + i];
 #ifdef GELU
         value *= 0.5f + 0.5f * tanhf(0.7978845608f * (value + 0.044715f * value * value * value));
 #endif

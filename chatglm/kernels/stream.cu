@@ -3,7 +3,8 @@
 // One more warp asks for the weight, 1 KB of each of 16 rows at a time, STAGES of them ahead, into
 // shared memory; 16 warps multiply. Nothing of the weight waits in registers, so a block takes half a
 // processor, and the block of the next kernel stands beside it with its first stages filled when its
-// turn comes: the memory never rests between two products.
+// turn comes. AHEAD more stages are on their way into the L2 cache. So the memory goes on reading
+// while one product ends and the next looks at its x.
 
 #define WARPS 16
 DEVICE void barrier() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
@@ -35,6 +36,9 @@ DEVICE void copy(u32 to, const u8* from, int bytes, u32 barrier) {
                  " [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
+DEVICE void prefetch(const u8* from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 
 // A place in the ring of stages; the parity tells one round from the next.
 struct Turn {
@@ -44,21 +48,28 @@ struct Turn {
     }
 };
 
+// Where the block's chunk number n of a tile's row stands.
+DEVICE const u8* chunk_of_row(const u8* weight, int n, int row) {
+    const int tile = blockIdx.x + n / CHUNKS * gridDim.x;
+    return weight + ((long long)tile * 16 + row) * (IN_FEATURES * BITS / 8) + n % CHUNKS * CHUNK;
+}
+
 DEVICE void ask_for_weights(const u8* weight, u8* stages, u32 full, u32 empty, int tiles) {
     const int lane = threadIdx.x % 32;
-    const long long row_bytes = IN_FEATURES * BITS / 8;
+    const int count = (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x * CHUNKS;
     Turn turn = {0, 0};
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            wait(empty + turn.stage * 8, turn.parity ^ 1);
-            if (lane == 0) expect(full + turn.stage * 8, 16 * CHUNK);
-            __syncwarp();
-            if (lane < 16)
-                copy(shared_address(stages + turn.stage * STAGE + lane * ROW_STRIDE),
-                     weight + (tile * 16 + lane) * row_bytes + chunk * CHUNK, CHUNK,
-                     full + turn.stage * 8);
-            turn.advance();
-        }
+    for (int n = min(0, STAGES - AHEAD); n < count; n++) {
+        const int later = n + AHEAD;
+        if (AHEAD && later >= STAGES && later < count && lane < 16)
+            prefetch(chunk_of_row(weight, later, lane), CHUNK);
+        if (n < 0) continue;
+        wait(empty + turn.stage * 8, turn.parity ^ 1);
+        if (lane == 0) expect(full + turn.stage * 8, 16 * CHUNK);
+        __syncwarp();
+        if (lane < 16)
+            copy(shared_address(stages + turn.stage * STAGE + lane * ROW_STRIDE),
+                 chunk_of_row(weight, n, lane), CHUNK, full + turn.stage * 8);
+        turn.advance();
     }
 }
 
@@ -89,18 +100,21 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) stream(
     NormWeights ahead_of_x;
     if (rows == 1) load(ahead_of_x, norm_weight, norm_bias);
 #endif
+    Ahead ahead_of_sums;
+    ask(ahead_of_sums, scale, bias, out_features);
     wait_for_previous();
+    ask_for_residual(ahead_of_sums, residual, alpha, rows, out_features);
 #ifdef NORM
     const Norm norm = {norm_weight, norm_bias, normed, epsilon};
     stage(x, xs, norm, ahead_of_x, rows, &sums[0][0][0][0]);
 #else
     stage(x, xs, rows);
 #endif
+    float* after = (float*)(xs + ROWS * STRIDE);
+    put(ahead_of_sums, after, out_features);
     Turn turn = {0, 0};
     for (int tile = blockIdx.x, buffer = 0; tile < tiles; tile += gridDim.x, buffer ^= 1) {
         float c[TILES][2][4] = {};
-        After after;
-        load(after, scale, bias, residual, alpha, tile, rows, out_features);
 #pragma unroll 1
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             wait(full + turn.stage * 8, turn.parity);
@@ -115,5 +129,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) stream(
         put(c, sums[buffer][warp]);
         barrier();
         finish(sums[buffer], after, out, tile, rows, out_features);
+        after += AFTER;
     }
 }
