@@ -41,25 +41,52 @@ def reason_against(model: Any) -> str | None:
     """Why the kernels can't decode with this model, or None if they can."""
     if model.device.type != "cuda":
         return "the model is not on a CUDA device"
-    layers = model.transformer.layers
-    linears = [module for module in layers.modules() if hasattr(module, "in_features")]
-    strange = next((m for m in linears if type(m) not in (nn.Linear, QuantizedLinear)), None)
-    if strange is not None:
-        return (
-            f"its linears are {type(strange).__module__.split('.')[0]}'s {type(strange).__name__}"
-        )
-    norm = layers[0].input_layernorm.weight
-    if norm.dtype not in (torch.float16, torch.bfloat16):
+    for module, plain in ((model.transformer.word_embeddings, nn.Embedding),
+                          (model.lm_head, nn.Linear)):  # fmt: skip
+        if type(module) is not plain:
+            return f"in place of its {plain.__name__} stands a {type(module).__name__}"
+    norm, head = model.transformer.layers[0].input_layernorm.weight, model.lm_head.weight
+    if norm.dtype not in (torch.float16, torch.bfloat16) or head.dtype != norm.dtype:
         return f"its precision is {str(norm.dtype).removeprefix('torch.')}"
     if model.config.head_width != 128:
         return f"its heads are {model.config.head_width} wide"
-    head = model.lm_head.weight
-    if head.dtype != norm.dtype or not isinstance(model.transformer.word_embeddings, nn.Embedding):
-        return "its embeddings are packed"
-    for linear in [*linears, model.lm_head]:
-        if not products.supports_linear(norm.new_empty(linear.in_features), linear.weight):
+    for linear in [*_linears(model.transformer.layers), model.lm_head]:
+        stored = _stored(linear)
+        if stored is None:
+            return f"its linears are {type(linear).__module__}.{type(linear).__name__}"
+        if not products.supports_linear(norm.new_empty(stored.in_features), stored.weight):
             return "the shape of its weights, or the card, does not suit them"
     return ops.reason_against_card(norm.device.index)
+
+
+def _linears(layers: Any) -> list[Any]:
+    """Those of all blocks, in the order of their use."""
+    return [
+        linear
+        for layer in layers
+        for linear in (
+            layer.attention.query_key_value,
+            layer.attention.dense,
+            layer.mlp.dense_h_to_4h,
+            layer.mlp.dense_4h_to_h,
+        )
+    ]
+
+
+def _stored(linear: Any) -> Any:
+    """The linear itself, or the one under PEFT's LoRA; None where it is of another kind."""
+    if type(linear).__module__.startswith(("peft.tuners.lora", "peft.tuners.adalora")):
+        linear = linear.base_layer
+    return linear if type(linear) in (nn.Linear, QuantizedLinear) else None
+
+
+def _adapters(model: Any) -> tuple:
+    """What can change about adapters while their weights stay where they are."""
+    return tuple(
+        (tuple(module.active_adapters), module.disable_adapters, tuple(module.scaling.items()))
+        for module in _linears(model.transformer.layers)
+        if hasattr(module, "active_adapters")
+    )
 
 
 @dataclass
@@ -93,9 +120,7 @@ class CapturedStep:
         shape = (config.num_layers, 2, rows, heads, room, config.head_width)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self.counts = Counts.zeros(rows, device)
-        self.workspace = ops.AttentionWorkspace(
-            rows, heads, room, device, beside_streams=products.streams_rows(rows, device.index)
-        )
+        self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
         self.rotary = rotary_tables(
             config.max_sequence_length, config.head_width // 2, half=True, device=device
         )
@@ -113,6 +138,10 @@ class CapturedStep:
         self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
+        order = [*map(_stored, _linears(model.transformer.layers)), model.lm_head]
+        self._next_weights = {
+            one: after.weight for one, after in zip(order, [*order[1:], order[0]], strict=True)
+        }
         self._norms_within = rows <= NORM_ROWS and products.supports_norm(rows, width, device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -255,7 +284,8 @@ class CapturedStep:
         alpha: so many times the last normed vector is added.
         """
         scale = linear.weight_scale if isinstance(linear, QuantizedLinear) else None
-        if self.rows > (LIBRARY_ROWS if scale is None else products.MOST_ROWS):
+        most_rows = LIBRARY_ROWS if scale is None else products.MOST_ROWS
+        if linear not in self._next_weights or self.rows > most_rows:  # or it has adapters
             self._library_product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
             return
         if norm is not None and not self._norms_within:
@@ -270,6 +300,7 @@ class CapturedStep:
             gelu=gelu,
             residual=self.normed if alpha is not None else None,
             alpha=alpha or 1.0,
+            next_weight=self._next_weights[linear],
             out=out,
         )
 
@@ -308,13 +339,14 @@ _STEPS: weakref.WeakKeyDictionary[Any, OrderedDict] = weakref.WeakKeyDictionary(
 def get_step(model: Any, *, rows: int, room: int) -> CapturedStep:
     """The step for so many rows and at least so much room, kept from answer to answer.
 
-    Replaced when a weight of the model stands elsewhere than when it was captured.
+    Replaced when a weight of the model stands elsewhere than when it was captured, or another
+    adapter is in use.
     """
     room = min(-(-room // ROOM_STEP) * ROOM_STEP, _longest_room(model))
     kept = _STEPS.setdefault(model, OrderedDict())
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
-    key = (rows, room, weights)
-    for old in [old for old in kept if old[2] != weights]:
+    state = (tuple(weight.data_ptr() for weight in model.parameters()), _adapters(model))
+    key = (rows, room, state)
+    for old in [old for old in kept if old[2] != state]:
         del kept[old]
     if key not in kept:
         while kept and sum(step.nbytes for step in kept.values()) > KEPT_BYTES:

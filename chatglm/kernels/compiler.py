@@ -24,7 +24,6 @@ CACHE = "~/.cache/chatglm-6b/kernels"
 SOURCES = pathlib.Path(__file__).parent
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 USUAL_SHARED_BYTES = 48 << 10
 
 
@@ -130,15 +129,7 @@ def _compiled(name: str, arch: int, defines: tuple[str, ...]) -> bytes:
 class Kernel:
     """One compiled kernel, loaded on one device."""
 
-    def __init__(
-        self,
-        name: str,
-        device: int,
-        defines: tuple[str, ...],
-        *,
-        shared_bytes: int,
-        fills_shared: bool,
-    ):
+    def __init__(self, name: str, device: int, defines: tuple[str, ...], shared_bytes: int):
         major, minor = torch.cuda.get_device_capability(device)
         self.name, self.shared_bytes, self.overlaps = name, shared_bytes, major >= 9
         code = _compiled(name, 10 * major + minor, defines)
@@ -151,13 +142,10 @@ class Kernel:
                 "load",
             )
             if shared_bytes > USUAL_SHARED_BYTES:
-                self._set(_MOST_SHARED_BYTES, shared_bytes)
-            if fills_shared:
-                self._set(_SHARED_CARVEOUT, 100)
-
-    def _set(self, attribute: int, value: int) -> None:
-        status = _driver().cuFuncSetAttribute(self.function, attribute, value)
-        self._check(status, "give shared memory to")
+                self._check(
+                    _driver().cuFuncSetAttribute(self.function, _MOST_SHARED_BYTES, shared_bytes),
+                    "give shared memory to",
+                )
 
     def _check(self, status: int, doing: str) -> None:
         if status:
@@ -193,20 +181,10 @@ def _as_argument(value: Any) -> Any:
 
 
 @functools.cache
-def get_kernel(
-    name: str,
-    device: int,
-    defines: tuple[str, ...],
-    shared_bytes: int = 0,
-    *,
-    fills_shared: bool = False,
-) -> Kernel:
+def get_kernel(name: str, device: int, defines: tuple[str, ...], shared_bytes: int = 0) -> Kernel:
     """The kernel NAME of NAME.cu with these defines, compiled and loaded once.
-
-    fills_shared: it runs among kernels that take all shared memory. A processor that had to divide
-    its memory between cache and shared memory anew would first drain.
 
     Raises:
         KernelError: if it can't be compiled or loaded.
     """
-    return Kernel(name, device, defines, shared_bytes=shared_bytes, fills_shared=fills_shared)
+    return Kernel(name, device, defines, shared_bytes)

@@ -30,16 +30,7 @@ def reason_against_card(device: int) -> str | None:
 class AttentionWorkspace:
     """What the parts of one step's attention are joined through; rows B, room in keys."""
 
-    def __init__(
-        self,
-        rows: int,
-        heads: int,
-        most_keys: int,
-        device: torch.device,
-        *,
-        beside_streams: bool = False,
-    ):
-        self.beside_streams = beside_streams
+    def __init__(self, rows: int, heads: int, most_keys: int, device: torch.device):
         self.most_keys, self.splits = most_keys, -(-most_keys // _KEYS_PER_BLOCK)
         shape = (rows, heads, self.splits, _HEAD_WIDTH + 2)
         self.parts = torch.empty(shape, dtype=torch.float32, device=device)
@@ -68,9 +59,7 @@ def attention(
     defines = [f"MOST_KEYS={workspace.most_keys}"]
     if mixed.dtype == torch.bfloat16:
         defines.append("BF16")
-    kernel = get_kernel(
-        "attention", mixed.device.index, tuple(defines), fills_shared=workspace.beside_streams
-    )
+    kernel = get_kernel("attention", mixed.device.index, tuple(defines))
     kernel.launch(
         (workspace.splits, heads, rows),
         _ATTENTION_THREADS,

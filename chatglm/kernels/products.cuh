@@ -1,12 +1,13 @@
-// What the two kernels of linear products share: weights to fp values, x in shared memory, and what
-// comes after the sums. To be defined before: BITS, IN_FEATURES (K), ROWS of x at the most (a power of
-// two), WARPS that compute, STAGED, NORM, BIAS, GELU, RESIDUAL as they are wanted, and barrier() for those warps.
+// What linear.cu is made of: weights to fp values, x in shared memory, and what comes after the sums.
+// To be defined: BITS, IN_FEATURES (K), ROWS of x at the most (a power of two); STAGED, NORM, BIAS,
+// GELU, RESIDUAL as they are wanted.
 //
 // The products are tensor core ones, m16n8k16: 16 rows of the weight, 8 of x. With one row of x seven
 // eighths of them are of zeros, but the time is that of reading the weight. The order of k within a
 // product is free as long as weight and x agree, so that a lane's 16 bytes of a weight row are used
 // as they were read.
 
+#define WARPS 8
 #define THREADS (WARPS * 32)
 #define PER_VECTOR (128 / BITS)                  // weights in 16 bytes
 #define ROW_VECTORS (IN_FEATURES / PER_VECTOR)   // 16-byte vectors of a weight row
@@ -134,7 +135,7 @@ DEVICE float sum_of(const uint4& x, float mean, bool squares) {
 DEVICE float block_sum(float value, float* scratch) {
     value = warp_sum(value);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    barrier();
+    __syncthreads();
     value = 0;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) value += scratch[i];
@@ -228,7 +229,7 @@ DEVICE void stage(const u16* x, u16* xs, const Norm& norm, const NormWeights& ah
                            copy ? copy + row * IN_FEATURES : 0, norm.weight, norm.bias,
                            norm.epsilon, threadIdx.x % 32);
     }
-    barrier();
+    __syncthreads();
 }
 #else
 DEVICE void stage(const u16* x, u16* xs, int rows) {
@@ -240,7 +241,7 @@ DEVICE void stage(const u16* x, u16* xs, int rows) {
             ((uint4*)(xs + row * STRIDE))[staged_place(i)] = v;
         }
     }
-    barrier();
+    __syncthreads();
 }
 #endif
 #endif
@@ -253,7 +254,7 @@ DEVICE void stage(const u16* x, u16* xs, int rows) {
 #define ADDENDS 0
 #endif
 #define FACTORS (BITS < 16 ? 16 : 0)
-#define AFTER (FACTORS + ADDENDS)  // floats of a tile in shared memory; ops.py reckons with it
+#define AFTER (FACTORS + ADDENDS)  // floats of a tile in shared memory; products.py reckons with it
 
 struct Ahead {  // of one column of one of the block's tiles, a thread
     float factor, addend[ROWS];

@@ -1,11 +1,8 @@
-"""Products of a few rows x with stored weights: two kernels, and which of them takes what.
+"""Products of a few rows x with stored weights, on every card from sm_75 on.
 
-stream.cu    Hopper and later, up to 8 rows: weights flow through shared memory
-linear.cu    every card from sm_75 on, up to 32 rows: weights wait in registers
-
-Both read weights as they are stored, fp16, bf16, int8 or packed int4, and put layer norm, bias,
-GELU and residual around the product. Beyond 32 rows a library's product of the dequantised weight
-is faster (benchmarks/products.py). B rows, K in, N out.
+Weights are read as they are stored, fp16, bf16, int8 or packed int4, with layer norm, bias, GELU
+and residual around the product. Beyond MOST_ROWS a library's product of the dequantised weight is
+faster (benchmarks/products.py). B rows, K in, N out.
 """
 
 import functools
@@ -18,13 +15,10 @@ from torch import Tensor
 from .compiler import Kernel, get_kernel
 
 MOST_ROWS = 32
-MOST_STREAMED_ROWS = 8
-STREAM = True
-AHEAD = 8
-"""Stages of 16 KiB that are asked into the L2 cache before their turn, a block."""
-_TILE = 16  # rows of the weight that a block takes at a time
-_BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by the 8 warps of linear.cu
-_CHUNK_BYTES, _STAGE_BYTES = 1024, _TILE * (1024 + 64)  # as in stream.cu
+LOOK_AHEAD = 2
+"""Groups of the next product's weight, 32 KiB a block, that are asked into the L2 cache early."""
+_TILE, _THREADS = 16, 8 * 32
+_BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by 8 warps
 _MOST_STAGED_BYTES = 100 << 10
 """So that two blocks fit a processor; more of x is read where it stands."""
 
@@ -58,7 +52,7 @@ def supports_linear(x: Tensor, weight: Tensor) -> bool:
 def supports_norm(rows: int, in_features: int, device: torch.device) -> bool:
     """Whether so many rows of x have room in shared memory, which `linear` needs for a norm."""
     case = _Case(rows, in_features, _TILE, 16, device.index, ("NORM",))
-    return case.staged_bytes + 1024 * case.rows <= _shared_memory(case.device)
+    return case.staged_bytes + 2048 * case.rows <= _shared_memory(case.device)
 
 
 def linear(
@@ -72,14 +66,16 @@ def linear(
     gelu: bool = False,
     residual: Tensor | None = None,
     alpha: float = 1.0,
+    next_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x (B, K) times the weight's transpose, (B, N), for B up to MOST_ROWS.
 
     weight: (N, K) in x's dtype, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16. norm:
     x goes through it first, and is written to normed (B, K) so. gelu: the tanh kind, after the
-    bias. residual (B, N): alpha times it is added at the end. Sums are fp32 throughout, and a row
-    of up to 8 comes out the same alone and among others.
+    bias. residual (B, N): alpha times it is added at the end. next_weight: that of the product
+    after this one, to be on its way early. Sums are fp32 throughout; a row of up to 8 comes out the
+    same alone and among the others.
     """
     (rows, in_features), out_features = x.shape, weight.shape[0]
     asked = {"NORM": norm, "BIAS": bias, "GELU": gelu or None, "RESIDUAL": residual,
@@ -87,15 +83,18 @@ def linear(
     flags = tuple(name for name, value in asked.items() if value is not None)
     bits = bits_of(weight, in_features)
     case = _Case(rows, in_features, out_features, bits, x.device.index, flags)
-    plan = _streamed(case) if _streams(case) else _in_registers(case)
+    plan = _plan(case)
     out = x.new_empty(rows, out_features) if out is None else out
     epsilon = norm.epsilon if norm else 0.0
     norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
+    ahead = (0, 0)  # bytes of a row, and tiles
+    if next_weight is not None:
+        ahead = (next_weight[0].nbytes, len(next_weight) // _TILE)
     plan.kernel.launch(
         (plan.blocks, 1, 1),
-        plan.threads,
-        [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, rows,
-         out_features, epsilon, float(alpha)],
+        _THREADS,
+        [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, next_weight, *ahead,
+         rows, out_features, epsilon, float(alpha)],
     )  # fmt: skip
     return out
 
@@ -129,15 +128,22 @@ class _Case:
     def tiles(self) -> int:
         return self.out_features // _TILE
 
-    def after_bytes(self, blocks: int) -> int:
-        """Shared memory for what comes after the sums of a block's tiles."""
+    @property
+    def after_floats(self) -> int:
+        """Of a tile: what comes after its sums."""
         adds = "BIAS" in self.flags or "RESIDUAL" in self.flags
-        floats = (_TILE if self.bits < 16 else 0) + (self.rows * _TILE if adds else 0)
-        return -(-self.tiles // blocks) * floats * 4
+        return (_TILE if self.bits < 16 else 0) + (self.rows * _TILE if adds else 0)
 
-    def blocks(self, number: int, threads: int) -> int:
-        """About `number`; more, if a block would have more tiles than 16 threads for each."""
-        return min(self.tiles, max(number, -(-self.tiles // (threads // 16))))
+    @property
+    def after_bytes(self) -> int:
+        """Shared memory for those of a block."""
+        return -(-self.tiles // self.blocks) * self.after_floats * 4
+
+    @property
+    def blocks(self) -> int:
+        """Two a processor; more, if a block would have more tiles than 16 threads for each."""
+        least = -(-self.tiles // (_THREADS // 16)) if self.after_floats else 1
+        return min(self.tiles, max(2 * num_processors(self.device), least))
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -149,45 +155,21 @@ class _Case:
 class _Plan:
     kernel: Kernel
     blocks: int
-    threads: int
-
-
-def streams_rows(rows: int, device: int) -> bool:
-    """Whether stream.cu takes so many rows on a card, whatever the weight's shape."""
-    is_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    return STREAM and is_hopper and rows <= MOST_STREAMED_ROWS
-
-
-def _streams(case: _Case) -> bool:
-    # An eight of x for each thread, and whole stages.
-    whole = case.in_features % (8 * 16 * 32) == 0 and case.row_bytes % _CHUNK_BYTES == 0
-    fits = case.staged_bytes <= _MOST_STAGED_BYTES
-    return whole and fits and streams_rows(case.rows, case.device)
 
 
 @functools.lru_cache(maxsize=256)
-def _streamed(case: _Case) -> _Plan:
-    # As many stages as let two blocks of one row stand on a processor.
-    stages, compute_threads = 5 if case.in_features <= 4096 else 4, 16 * 32
-    blocks = case.blocks(num_processors(case.device), compute_threads)
-    shared_bytes = stages * _STAGE_BYTES + case.staged_bytes + case.after_bytes(blocks)
-    defines = ("STAGED", f"STAGES={stages}", f"AHEAD={stages + AHEAD}", *case.defines)
-    kernel = get_kernel("stream", case.device, defines, shared_bytes, fills_shared=True)
-    return _Plan(kernel, blocks, compute_threads + 32)
-
-
-@functools.lru_cache(maxsize=256)
-def _in_registers(case: _Case) -> _Plan:
-    threads, steps = 8 * 32, case.row_bytes // _BYTES_PER_STEP
-    blocks = case.blocks(2 * num_processors(case.device), threads)
+def _plan(case: _Case) -> _Plan:
+    steps = case.row_bytes // _BYTES_PER_STEP
     room = min(_MOST_STAGED_BYTES, _shared_memory(case.device) - 2048 * case.rows)
     staged = "NORM" in case.flags or case.staged_bytes <= room
-    defines = (f"UNROLL={next(n for n in (4, 2, 1) if steps % n == 0)}", *case.defines)
-    shared_bytes = case.after_bytes(blocks) + (case.staged_bytes if staged else 0)
-    kernel = get_kernel(
-        "linear", case.device, (*defines, "STAGED") if staged else defines, shared_bytes
+    defines = (
+        f"UNROLL={next(n for n in (4, 2, 1) if steps % n == 0)}",
+        f"LOOK_AHEAD={LOOK_AHEAD}",
+        *case.defines,
+        *(["STAGED"] if staged else []),
     )
-    return _Plan(kernel, blocks, threads)
+    shared_bytes = case.after_bytes + (case.staged_bytes if staged else 0)
+    return _Plan(get_kernel("linear", case.device, defines, shared_bytes), case.blocks)
 
 
 def _shared_memory(device: int) -> int:
