@@ -11,6 +11,7 @@ of a pad is ever read. What the kernels of this package can't do for a model is 
 `reason_against`, and the plain loop in decoding.py does it.
 """
 
+import time
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ NORM_ROWS = 8
 """Rows up to which a layer norm is part of the product after it."""
 LIBRARY_ROWS = 8
 """Rows beyond which half-precision weights are multiplied by the library."""
+POLL_SECONDS = 5e-5
+SECONDS_BETWEEN_CHECKS = 1.0
 KEPT_BYTES = 2 << 30
 """Of caches that stay for the next answer, those used last; the newest stays in any case."""
 
@@ -107,23 +110,24 @@ class Counts:
 class CapturedStep:
     """Buffers and graph of a step for `rows` rows with `room` tokens each, prompts included.
 
-    `history` (room, rows) int32 is memory of the host that the GPU writes to: a step's tokens
-    appear there, and UNWRITTEN until then.
+    A row is a sequence, and one token of it is read in a step; `sequences`: fewer of them, where
+    several rows are tokens of one. `history` (room, rows) int32 is memory of the host that the GPU
+    writes to: a step's tokens appear there, and UNWRITTEN until then.
     """
 
     UNWRITTEN = -1
 
-    def __init__(self, model: Any, *, rows: int, room: int):
+    def __init__(self, model: Any, *, rows: int, room: int, sequences: int | None = None):
         config, device, dtype = model.config, model.device, model.transformer.dtype
         self.model, self.rows, self.room = model, rows, room
+        self.sequences = rows if sequences is None else sequences
         heads, width = config.num_attention_heads, config.hidden_size
-        shape = (config.num_layers, 2, rows, heads, room, config.head_width)
+        shape = (config.num_layers, 2, self.sequences, heads, room, config.head_width)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self.counts = Counts.zeros(rows, device)
         self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
-        self.rotary = rotary_tables(
-            config.max_sequence_length, config.head_width // 2, half=True, device=device
-        )
+        positions = config.max_sequence_length + rows  # drafts may go past the end
+        self.rotary = rotary_tables(positions, config.head_width // 2, half=True, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.history = torch.full((room, rows), self.UNWRITTEN, dtype=torch.int32).pin_memory()
         self.draw = ops.Draw(
@@ -174,7 +178,8 @@ class CapturedStep:
             context_lengths=context,
             mask_positions=mask_positions,
         )
-        self.scores.copy_(model.lm_head(model.transformer.final_layernorm(hidden)))
+        scores = model.lm_head(model.transformer.final_layernorm(hidden))
+        self.scores[: self.sequences].copy_(scores)
         virtual = config.pre_seq_len or 0
         self.counts.lengths.copy_(virtual + lengths - 1)  # the sampling of the first token adds 1
         self.counts.text_positions.copy_(mask_positions)
@@ -233,6 +238,31 @@ class CapturedStep:
             self.history,
         ]
 
+    def wait_for(self, number: int) -> Tensor:
+        """The tokens (rows,) in line `number` of the history, once they are there."""
+        tokens = self.history[number]
+        checked = time.monotonic()
+        while (tokens == self.UNWRITTEN).any():
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - checked > SECONDS_BETWEEN_CHECKS:
+                torch.cuda.current_stream().query()  # raises what went wrong on the GPU
+                checked = time.monotonic()
+        return tokens.long()
+
+    def _attend(self, keys: Tensor, values: Tensor) -> None:
+        """From mixed to context, over a layer's cache."""
+        ops.attention(
+            self.mixed,
+            keys,
+            values,
+            self.rotary,
+            lengths=self.counts.lengths,
+            text_positions=self.counts.text_positions,
+            first_blocks=self.counts.first_blocks,
+            workspace=self.workspace,
+            out=self.context,
+        )
+
     def _step(self) -> None:
         layers = self.model.transformer.layers
         for index, layer in enumerate(layers):
@@ -240,18 +270,7 @@ class CapturedStep:
             self._product(
                 self.hidden, attention.query_key_value, self.mixed, norm=layer.input_layernorm
             )
-            keys, values = self.cache[index]
-            ops.attention(
-                self.mixed,
-                keys,
-                values,
-                self.rotary,
-                lengths=self.counts.lengths,
-                text_positions=self.counts.text_positions,
-                first_blocks=self.counts.first_blocks,
-                workspace=self.workspace,
-                out=self.context,
-            )
+            self._attend(*self.cache[index])
             self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha)
             self._product(
                 self.hidden,
@@ -336,7 +355,7 @@ _STEPS: weakref.WeakKeyDictionary[Any, OrderedDict] = weakref.WeakKeyDictionary(
 """Captured steps of each model, the one used last at the end."""
 
 
-def get_step(model: Any, *, rows: int, room: int) -> CapturedStep:
+def get_step(model: Any, *, rows: int, room: int, kind: type[CapturedStep] = CapturedStep) -> Any:
     """The step for so many rows and at least so much room, kept from answer to answer.
 
     Replaced when a weight of the model stands elsewhere than when it was captured, or another
@@ -345,13 +364,13 @@ def get_step(model: Any, *, rows: int, room: int) -> CapturedStep:
     room = min(-(-room // ROOM_STEP) * ROOM_STEP, _longest_room(model))
     kept = _STEPS.setdefault(model, OrderedDict())
     state = (tuple(weight.data_ptr() for weight in model.parameters()), _adapters(model))
-    key = (rows, room, state)
-    for old in [old for old in kept if old[2] != state]:
+    key = (kind, rows, room, state)
+    for old in [old for old in kept if old[-1] != state]:
         del kept[old]
     if key not in kept:
         while kept and sum(step.nbytes for step in kept.values()) > KEPT_BYTES:
             kept.popitem(last=False)
-        kept[key] = CapturedStep(model, rows=rows, room=room)
+        kept[key] = kind(model, rows=rows, room=room)
     kept.move_to_end(key)
     return kept[key]
 
@@ -363,8 +382,7 @@ def forget_steps() -> None:
 
 def _longest_room(model: Any) -> int:
     config = model.config
-    longest = config.max_sequence_length + (config.pre_seq_len or 0)
-    return -(-longest // 64) * 64
+    return -(-(config.max_sequence_length + (config.pre_seq_len or 0)) // 64) * 64
 
 
 def _bits(token_ids: Tensor, words: int) -> Tensor:

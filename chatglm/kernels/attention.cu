@@ -2,7 +2,9 @@
 //
 // A block takes KEYS keys of one head and row; the last block of a head to finish joins the parts
 // (flash decoding, Dao et al. 2023). The block at the cache's end puts the new key and value there.
-// Compiled for MOST_KEYS, the room of the cache that is looked at.
+// Compiled for MOST_KEYS, the room of the cache that is looked at. With DRAFTS the rows are tokens of
+// one sequence that follow each other; their query comes turned, and their keys and values stand in
+// the cache already (rotate.cu).
 
 #define D 128
 #define KEYS 64
@@ -24,25 +26,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     int* counters, u16* out, int heads, int capacity, float scale) {
     let_next_start();
     const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, i = threadIdx.x;
+#ifdef DRAFTS
+    wait_for_previous();
+    const int length = __ldcg(lengths) + row, cached = length + 1, sequence = 0;
+#else
     const int length = __ldcg(lengths + row);  // of the cache, the new token not counted
+    const int cached = length, sequence = row;
+#endif
     const int first = split * KEYS;
     if (first > length) return;
     __shared__ float query[D], new_key[D], new_value[D], sums[THREADS / 32][D];
     __shared__ float scores[KEYS], warp_weights[THREADS / 32];
     __shared__ bool is_last;
     const int lane = i % 16, slot = i / 16;
-    const long long place = ((long long)row * heads + head) * capacity * D;
+    const long long place = ((long long)sequence * heads + head) * capacity * D;
     // All of the block's keys and values are asked for before anything else.
     uint4 k[STEPS], v[STEPS];
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         const int key = first + s * 8 + slot;
         k[s] = v[s] = make_uint4(0, 0, 0, 0);
-        if (key < length) {
+        if (key < cached) {
             k[s] = __ldcg((const uint4*)(keys + place + (long long)key * D + lane * 8));
             v[s] = __ldcg((const uint4*)(values + place + (long long)key * D + lane * 8));
         }
     }
+#ifdef DRAFTS
+    query[i] = to_float(mixed[((long long)head * gridDim.z + row) * D + i]);
+#else
     const int position = i < 64 ? text_positions[row] : length - first_blocks[row];
     const float cosine = cosines[position * 64 + i % 32], sine = sines[position * 64 + i % 32];
     wait_for_previous();  // what stands above was written a step ago
@@ -56,15 +67,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
         new_key[i] = to_float(key);
         new_value[i] = to_float(value);
     }
+#endif
     __syncthreads();
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         const int key = first + s * 8 + slot;
         const u32* p = (const u32*)&k[s];
         float dot = 0;
-        if (key == length) {
+        if (key == length && key >= cached) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) dot += query[lane * 8 + j] * new_key[lane * 8 + j];
+            for (int j = lane * 8; j < lane * 8 + 8; j += 2)
+                dot += query[j] * new_key[j] + query[j + 1] * new_key[j + 1];
         } else {
 #pragma unroll
             for (int j = 0; j < 4; j++)
@@ -85,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
         const float weight = key <= length ? __expf(scores[s * 8 + slot] - most) : 0.f;
         const u32* p = (const u32*)&v[s];
         weights += weight;
-        if (key == length) {
+        if (key == length && key >= cached) {
 #pragma unroll
             for (int j = 0; j < 8; j++) sum[j] += weight * new_value[lane * 8 + j];
         } else {

@@ -69,6 +69,34 @@ def attention(
     return out
 
 
+def attention_of_drafts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor,
+    workspace: AttentionWorkspace,
+    out: Tensor,
+) -> Tensor:
+    """T tokens of one sequence that follow each other: turned query (1, H, T, D) to (T, H D).
+
+    keys, values (1, H, capacity, D): those of the tokens stand from lengths (1,) int32 on, and each
+    token sees all up to its own. workspace: of T rows.
+    """
+    _, heads, capacity, width = keys.shape
+    defines = [f"MOST_KEYS={workspace.most_keys}", "DRAFTS"]
+    if query.dtype == torch.bfloat16:
+        defines.append("BF16")
+    kernel = get_kernel("attention", query.device.index, tuple(defines))
+    kernel.launch(
+        (workspace.splits, heads, query.shape[2]),
+        _ATTENTION_THREADS,
+        [query, keys, values, None, None, lengths, None, None, workspace.parts,
+         workspace.counters, out, heads, capacity, width**-0.5],
+    )  # fmt: skip
+    return out
+
+
 @dataclass(frozen=True)
 class Draw:
     """How each of B rows draws its tokens; tensors, so that a captured step obeys changes.
@@ -146,21 +174,25 @@ def rotate(
     values: Tensor,
     rotary: tuple[Tensor, Tensor],
     *,
-    offset: int,
+    offset: int | None,
 ) -> Tensor:
     """The turned query (B, H, T, D) out of mixed (B, T, 3 H D); key and value go into the cache.
 
     positions (B, 2, T) int32; keys, values (B, H, capacity, D), filled from offset on. rotary: as
-    for `attention`.
+    for `attention`. Without offset, the tokens are drafts of one sequence, and positions (3,) int32
+    its length, text position and first block as `attention` has them.
     """
     rows, tokens = mixed.shape[:2]
     _, heads, capacity, width = keys.shape
     query = mixed.new_empty(rows, heads, tokens, width)
-    defines = ("BF16",) if mixed.dtype == torch.bfloat16 else ()
-    kernel = get_kernel("rotate", mixed.device.index, defines)
+    defines = [
+        *(["BF16"] if mixed.dtype == torch.bfloat16 else []),
+        *(["STEP"] if offset is None else []),
+    ]
+    kernel = get_kernel("rotate", mixed.device.index, tuple(defines))
     kernel.launch(
         (-(-heads // (THREADS // 32)), tokens, rows),
         THREADS,
-        [mixed, *rotary, positions, query, keys, values, tokens, heads, capacity, offset],
+        [mixed, *rotary, positions, query, keys, values, tokens, heads, capacity, offset or 0],
     )
     return query
