@@ -37,19 +37,22 @@ def generate_tokens(
     logits_processor: LogitsProcessorList | None = None,
     generator: torch.Generator | None = None,
     prompt_lookup_tokens: int = 0,
+    kv_cache_bits: int = 16,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, (B,), until all rows have ended or the limit is reached.
 
     input_ids (B, T), padded on the left where attention_mask (B, T) is 0. A row that has ended
     goes on with the pad token. A row that never yields one of eos_token_ids was cut by the limit.
     prompt_lookup_tokens: so many are drafted at a time, see drafts.py; one greedy row only.
+    kv_cache_bits: 16 (the model's precision) or 8, see step_cache.py; 8 in captured steps only.
 
     Raises:
-        ToolkitError: if prompt_lookup_tokens can't be had with the other arguments.
+        ToolkitError: if one of the last two can't be had with the other arguments, or here.
     """
     if prompt_lookup_tokens:
         _check_lookup(prompt_lookup_tokens, input_ids, sampling, logits_processor)
     reason = _reason_for_plain_steps(model, sampling, logits_processor)
+    _check_cache_bits(kv_cache_bits, reason, prompt_lookup_tokens)
     if reason is not None and model.device.type == "cuda" and reason not in _said:
         _said.add(reason)
         logger.warning("decoding at the slower, plain pace: %s", reason)
@@ -64,7 +67,13 @@ def generate_tokens(
     elif reason is None:
         seed = _seed_of(generator)
         chosen = _captured_tokens(
-            model, input_ids, attention_mask, sampling, seed=seed, max_new_tokens=max_new_tokens
+            model,
+            input_ids,
+            attention_mask,
+            sampling,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            cache_bits=kv_cache_bits,
         )
     else:
         chosen = _plain_tokens(
@@ -105,6 +114,17 @@ def _check_lookup(
         raise ToolkitError(f"prompt_lookup_tokens {number} can't be had with {reason}")
 
 
+def _check_cache_bits(bits: int, reason: str | None, prompt_lookup_tokens: int) -> None:
+    if bits not in (8, 16):
+        raise ToolkitError(f"kv_cache_bits {bits}: allowed are 16 and 8")
+    if bits == 8 and reason is not None:
+        raise ToolkitError(f"kv_cache_bits 8 can't be had here: {reason}; leave it at 16")
+    if bits == 8 and prompt_lookup_tokens:
+        raise ToolkitError(
+            "kv_cache_bits 8 can't be had with prompt_lookup_tokens: set one of them"
+        )
+
+
 def _reason_for_plain_steps(
     model, sampling: Sampling, logits_processor: LogitsProcessorList | None
 ) -> str | None:
@@ -131,6 +151,7 @@ def _captured_tokens(
     *,
     seed: int,
     max_new_tokens: int,
+    cache_bits: int,
 ) -> Iterator[Tensor]:
     """The tokens of each step, (B,) on the CPU; those of a row that has ended mean nothing.
 
@@ -138,7 +159,7 @@ def _captured_tokens(
     """
     prompts, mask = _padded_on_the_right(input_ids, attention_mask)
     room = prompts.shape[1] + max_new_tokens + (model.config.pre_seq_len or 0)
-    step = get_step(model, rows=len(prompts), room=room)
+    step = get_step(model, rows=len(prompts), room=room, cache_bits=cache_bits)
     step.prefill(prompts, mask)
     step.set_rules(sampling, seed=seed, so_far=prompts)
     step.first_token()

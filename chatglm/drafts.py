@@ -2,9 +2,9 @@
 
 The last tokens are looked for in the prompt and in the answer so far, and what followed them there
 is the draft (Saxena 2023, "Prompt Lookup Decoding"). One pass gives the likeliest token after each
-token of the draft; the draft counts as far as it is what that pass says. So the answer is the greedy
-one, whatever the draft is. Summaries and rewritings gain most; elsewhere a pass of some tokens costs
-more than one of a single token.
+token of the draft; the draft counts as far as it is what that pass says. So the answer is the
+greedy one, whatever the draft is. Summaries and rewritings gain most; elsewhere a pass of some
+tokens costs more than one of a single token.
 """
 
 from collections.abc import Iterator
@@ -85,8 +85,10 @@ class NgramIndex:
 class DraftedStep(CapturedStep):
     """A captured step in which the rows are tokens of one sequence: the last one, and drafts."""
 
-    def __init__(self, model: Any, *, rows: int, room: int):
-        super().__init__(model, rows=rows, room=room + MOST_DRAFTED, sequences=1)
+    def __init__(self, model: Any, *, rows: int, room: int, cache_bits: int):
+        super().__init__(
+            model, rows=rows, room=room + MOST_DRAFTED, cache_bits=cache_bits, sequences=1
+        )
         self.given = torch.zeros(1 + rows, dtype=torch.int32).pin_memory()
         self._place = torch.zeros(3, dtype=torch.int32, device=model.device)
         self._told = torch.zeros(1 + rows, dtype=torch.int32, device=model.device)
@@ -125,7 +127,8 @@ class DraftedStep(CapturedStep):
         """Keep the first so many of the tokens checked last."""
         self._length += number
 
-    def _attend(self, keys: Tensor, values: Tensor) -> None:
+    def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
+        assert scales is None
         query = ops.rotate(self.mixed[None], self._place, keys, values, self.rotary, offset=None)
         ops.attention_of_drafts(
             query,

@@ -27,6 +27,7 @@ from .prefill import read_prompts
 from .quantization.linear import QuantizedLinear
 from .rotary import rotary_tables
 from .sampling import GUARD_TOKEN, Sampling
+from .step_cache import StepCache
 
 ROOM_STEP = 512
 """Room of a cache comes in steps of so many tokens; a graph is captured for each."""
@@ -117,13 +118,20 @@ class CapturedStep:
 
     UNWRITTEN = -1
 
-    def __init__(self, model: Any, *, rows: int, room: int, sequences: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        rows: int,
+        room: int,
+        cache_bits: int = 16,
+        sequences: int | None = None,
+    ):
         config, device, dtype = model.config, model.device, model.transformer.dtype
         self.model, self.rows, self.room = model, rows, room
         self.sequences = rows if sequences is None else sequences
         heads, width = config.num_attention_heads, config.hidden_size
-        shape = (config.num_layers, 2, self.sequences, heads, room, config.head_width)
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.cache = StepCache(model, rows=self.sequences, room=room, bits=cache_bits)
         self.counts = Counts.zeros(rows, device)
         self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
         positions = config.max_sequence_length + rows  # drafts may go past the end
@@ -249,7 +257,7 @@ class CapturedStep:
                 checked = time.monotonic()
         return tokens.long()
 
-    def _attend(self, keys: Tensor, values: Tensor) -> None:
+    def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
         """From mixed to context, over a layer's cache."""
         ops.attention(
             self.mixed,
@@ -261,6 +269,7 @@ class CapturedStep:
             first_blocks=self.counts.first_blocks,
             workspace=self.workspace,
             out=self.context,
+            scales=scales,
         )
 
     def _step(self) -> None:
@@ -270,7 +279,7 @@ class CapturedStep:
             self._product(
                 self.hidden, attention.query_key_value, self.mixed, norm=layer.input_layernorm
             )
-            self._attend(*self.cache[index])
+            self._attend(*self.cache.layer(index))
             self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha)
             self._product(
                 self.hidden,
@@ -355,7 +364,14 @@ _STEPS: weakref.WeakKeyDictionary[Any, OrderedDict] = weakref.WeakKeyDictionary(
 """Captured steps of each model, the one used last at the end."""
 
 
-def get_step(model: Any, *, rows: int, room: int, kind: type[CapturedStep] = CapturedStep) -> Any:
+def get_step(
+    model: Any,
+    *,
+    rows: int,
+    room: int,
+    cache_bits: int = 16,
+    kind: type[CapturedStep] = CapturedStep,
+) -> Any:
     """The step for so many rows and at least so much room, kept from answer to answer.
 
     Replaced when a weight of the model stands elsewhere than when it was captured, or another
@@ -364,13 +380,13 @@ def get_step(model: Any, *, rows: int, room: int, kind: type[CapturedStep] = Cap
     room = min(-(-room // ROOM_STEP) * ROOM_STEP, _longest_room(model))
     kept = _STEPS.setdefault(model, OrderedDict())
     state = (tuple(weight.data_ptr() for weight in model.parameters()), _adapters(model))
-    key = (kind, rows, room, state)
+    key = (kind, rows, room, cache_bits, state)
     for old in [old for old in kept if old[-1] != state]:
         del kept[old]
     if key not in kept:
         while kept and sum(step.nbytes for step in kept.values()) > KEPT_BYTES:
             kept.popitem(last=False)
-        kept[key] = kind(model, rows=rows, room=room)
+        kept[key] = kind(model, rows=rows, room=room, cache_bits=cache_bits)
     kept.move_to_end(key)
     return kept[key]
 

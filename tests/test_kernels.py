@@ -148,6 +148,51 @@ def test_attention_over_the_filled_part_of_a_cache(room, dtype):
         assert error(out[row].view(heads, 1, WIDTH), expected) < 8e-3, length
 
 
+def test_a_product_of_a_row_is_the_same_alone_and_among_others():
+    for bits in (16, 8, 4):
+        weight, scale, _ = packed(12288, 4096, bits, torch.float16)
+        x, norm = random(8, 4096), some_norm()
+        together = products.linear(x, weight, scale=scale, norm=norm)
+        for rows in (1, 2, 5):
+            some = products.linear(x[:rows].contiguous(), weight, scale=scale, norm=norm)
+            assert torch.equal(some, together[:rows])
+
+
+def some_norm():
+    return products.Norm(random(4096), random(4096), 1e-5)
+
+
+def quantised(x):
+    """int8 values and scales (.., 1) of keys or values (.., D)."""
+    scale = x.abs().amax(dim=-1, keepdim=True).float() / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
+def test_attention_over_a_cache_of_int8():
+    heads, room = 32, 256
+    lengths = torch.tensor([1, 64, 200], dtype=torch.int32, device="cuda")
+    rows = len(lengths)
+    kept = [quantised(random(rows, heads, room, WIDTH)) for _ in range(2)]
+    (keys, _), (values, _) = kept
+    scales = torch.stack([scale[..., 0] for _, scale in kept])
+    exact_keys, exact_values = (x.double() * scale for x, scale in kept)
+    mixed, out = random(rows, heads * 3 * WIDTH), poisoned(rows, heads * WIDTH)
+    zeros = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    ops.attention(mixed, keys, values, rotary(), lengths=lengths, text_positions=zeros,
+                  first_blocks=lengths, workspace=ops.AttentionWorkspace(rows, heads, room,
+                  lengths.device), out=out, scales=scales)  # fmt: skip
+    q, k, v = mixed.unflatten(-1, (heads, -1)).double().chunk(3, dim=-1)  # at position 0
+    for row, length in enumerate(lengths.tolist()):
+        for part, (stored, new) in enumerate(((keys, k), (values, v))):
+            found = stored[row, :, length].double() * scales[part, row, :, length, None]
+            assert error(found, new[row]) < 6e-3
+            (exact_keys, exact_values)[part][row, :, length] = found
+        end = length + 1
+        weights = exact_keys[row, :, :end] @ q[row, :, :, None] / WIDTH**0.5
+        expected = weights.softmax(dim=1).transpose(1, 2) @ exact_values[row, :, :end]
+        assert error(out[row].view(heads, 1, WIDTH), expected) < 2e-3
+
+
 class Sampler:
     """Rows of scores, and the buffers that `ops.sample` fills."""
 

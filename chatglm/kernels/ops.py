@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compiler import KernelError, get_kernel
+from .compiler import Kernel, KernelError, get_kernel
 
 THREADS = 256
 MOST_TOP_K = 1024
@@ -48,25 +48,30 @@ def attention(
     first_blocks: Tensor,
     workspace: AttentionWorkspace,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """One new token a row over its cache: (B, 3 H D), query, key and value per head, to (B, H D).
 
     keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
     sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
-    lengths - first_blocks (B,).
+    lengths - first_blocks (B,). scales (2, B, H, capacity) fp32: keys and values are int8, and to be
+    multiplied with these.
     """
     rows, heads, capacity, width = keys.shape
-    defines = [f"MOST_KEYS={workspace.most_keys}"]
-    if mixed.dtype == torch.bfloat16:
-        defines.append("BF16")
-    kernel = get_kernel("attention", mixed.device.index, tuple(defines))
+    flags = {"BF16": mixed.dtype == torch.bfloat16, "CACHE8": scales is not None}
+    kernel = _attention_kernel(mixed.device.index, workspace, flags)
     kernel.launch(
         (workspace.splits, heads, rows),
         _ATTENTION_THREADS,
-        [mixed, keys, values, *rotary, lengths, text_positions, first_blocks, workspace.parts,
-         workspace.counters, out, heads, capacity, width**-0.5],
+        [mixed, keys, values, scales, *rotary, lengths, text_positions, first_blocks,
+         workspace.parts, workspace.counters, out, rows, heads, capacity, width**-0.5],
     )  # fmt: skip
     return out
+
+
+def _attention_kernel(device: int, workspace: AttentionWorkspace, flags: dict[str, bool]) -> Kernel:
+    named = (name for name, is_set in flags.items() if is_set)
+    return get_kernel("attention", device, (f"MOST_KEYS={workspace.most_keys}", *named))
 
 
 def attention_of_drafts(
@@ -84,15 +89,13 @@ def attention_of_drafts(
     token sees all up to its own. workspace: of T rows.
     """
     _, heads, capacity, width = keys.shape
-    defines = [f"MOST_KEYS={workspace.most_keys}", "DRAFTS"]
-    if query.dtype == torch.bfloat16:
-        defines.append("BF16")
-    kernel = get_kernel("attention", query.device.index, tuple(defines))
+    flags = {"BF16": query.dtype == torch.bfloat16, "DRAFTS": True}
+    kernel = _attention_kernel(query.device.index, workspace, flags)
     kernel.launch(
         (workspace.splits, heads, query.shape[2]),
         _ATTENTION_THREADS,
-        [query, keys, values, None, None, lengths, None, None, workspace.parts,
-         workspace.counters, out, heads, capacity, width**-0.5],
+        [query, keys, values, None, None, None, lengths, None, None, workspace.parts,
+         workspace.counters, out, 1, heads, capacity, width**-0.5],
     )  # fmt: skip
     return out
 
