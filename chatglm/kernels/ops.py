@@ -54,8 +54,8 @@ def attention(
 
     keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
     sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
-    lengths - first_blocks (B,). scales (2, B, H, capacity) fp32: keys and values are int8, and to be
-    multiplied with these.
+    lengths - first_blocks (B,). scales (2, B, H, capacity) fp32: keys and values are int8, and to
+    be multiplied with these.
     """
     rows, heads, capacity, width = keys.shape
     flags = {"BF16": mixed.dtype == torch.bfloat16, "CACHE8": scales is not None}
