@@ -103,17 +103,14 @@ def measure(shape: tuple[int, int], bits: int, rows: int) -> dict[str, float]:
     if rows == 1:
         ways["Triton"] = lambda weight: by_triton(x, weight, scale, out)
     found = {name: microseconds(work, weights) for name, work in ways.items()}
-    for name, streams in (("in registers", False), ("streamed", True)):
-        products.STREAM = streams
-        found[name] = microseconds(lambda w: products.linear(x, w, scale=scale, out=out), weights)
-    products.STREAM = True
+    found["here"] = microseconds(lambda w: products.linear(x, w, scale=scale, out=out), weights)
     return found
 
 
 def main() -> None:
     """Print the table."""
     print(torch.cuda.get_device_name())
-    names = ["library", "dequantised", "Triton", "in registers", "streamed"]
+    names = ["library", "dequantised", "Triton", "here"]
     print(f"| bits | out x in | rows | {' | '.join(names)} |\n|{'---|' * (3 + len(names))}")
     for bits in (16, 8, 4):
         for shape in [*SHAPES, *([HEAD] if bits == 16 else [])]:

@@ -18,7 +18,7 @@ from .kernels import ops
 from .sampling import Sampling
 from .steps import CapturedStep
 
-NGRAMS = (3, 2)
+NGRAMS = (3, 2, 1)
 """Lengths of what is looked for; the longest that is found counts."""
 MOST_DRAFTED = 15
 
