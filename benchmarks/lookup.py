@@ -2,9 +2,9 @@
 
     python benchmarks/lookup.py ice_text.model alpaca_zh_*.json
 
-A model is supposed that answers as the data does: its likeliest token is the reference's. So what is
-counted is how far the references repeat their prompts and themselves, of summaries and rewritings
-(told by their instructions) and of all others. What a pass costs is measured by decode.py.
+A model is supposed that answers as the data does: its likeliest token is the reference's. So what
+is counted is how far the references repeat their prompts and themselves, of summaries and
+rewritings (told by their instructions) and of all others. What a pass costs, decode.py measures.
 """
 
 import argparse

@@ -17,7 +17,8 @@ from .errors import ToolkitError
 from .kernels.ops import MOST_TOP_K
 from .positions import find_context, token_index
 from .sampling import Sampling, choose_tokens, guard_scores
-from .steps import get_step, reason_against
+from .steps import get_step
+from .supported import reason_against
 
 logger = logging.getLogger("chatglm")
 

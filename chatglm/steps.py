@@ -7,8 +7,8 @@
 
 Every number that changes from step to step stands on the GPU, so that a step is captured once and
 replayed. Rows are as long as they are: the cache of each is filled from its beginning, and no key
-of a pad is ever read. What the kernels of this package can't do for a model is said by
-`reason_against`, and the plain loop in decoding.py does it.
+of a pad is ever read. Models that this can't be done with (supported.py) have the plain loop in
+decoding.py.
 """
 
 import time
@@ -28,6 +28,7 @@ from .quantization.linear import QuantizedLinear
 from .rotary import rotary_tables
 from .sampling import GUARD_TOKEN, Sampling
 from .step_cache import StepCache
+from .supported import adapters_of, linears_of, stored_linear
 
 ROOM_STEP = 512
 """Room of a cache comes in steps of so many tokens; a graph is captured for each."""
@@ -39,58 +40,6 @@ POLL_SECONDS = 5e-5
 SECONDS_BETWEEN_CHECKS = 1.0
 KEPT_BYTES = 2 << 30
 """Of caches that stay for the next answer, those used last; the newest stays in any case."""
-
-
-def reason_against(model: Any) -> str | None:
-    """Why the kernels can't decode with this model, or None if they can."""
-    if model.device.type != "cuda":
-        return "the model is not on a CUDA device"
-    for module, plain in ((model.transformer.word_embeddings, nn.Embedding),
-                          (model.lm_head, nn.Linear)):  # fmt: skip
-        if type(module) is not plain:
-            return f"in place of its {plain.__name__} stands a {type(module).__name__}"
-    norm, head = model.transformer.layers[0].input_layernorm.weight, model.lm_head.weight
-    if norm.dtype not in (torch.float16, torch.bfloat16) or head.dtype != norm.dtype:
-        return f"its precision is {str(norm.dtype).removeprefix('torch.')}"
-    if model.config.head_width != 128:
-        return f"its heads are {model.config.head_width} wide"
-    for linear in [*_linears(model.transformer.layers), model.lm_head]:
-        stored = _stored(linear)
-        if stored is None:
-            return f"its linears are {type(linear).__module__}.{type(linear).__name__}"
-        if not products.supports_linear(norm.new_empty(stored.in_features), stored.weight):
-            return "the shape of its weights, or the card, does not suit them"
-    return ops.reason_against_card(norm.device.index)
-
-
-def _linears(layers: Any) -> list[Any]:
-    """Those of all blocks, in the order of their use."""
-    return [
-        linear
-        for layer in layers
-        for linear in (
-            layer.attention.query_key_value,
-            layer.attention.dense,
-            layer.mlp.dense_h_to_4h,
-            layer.mlp.dense_4h_to_h,
-        )
-    ]
-
-
-def _stored(linear: Any) -> Any:
-    """The linear itself, or the one under PEFT's LoRA; None where it is of another kind."""
-    if type(linear).__module__.startswith(("peft.tuners.lora", "peft.tuners.adalora")):
-        linear = linear.base_layer
-    return linear if type(linear) in (nn.Linear, QuantizedLinear) else None
-
-
-def _adapters(model: Any) -> tuple:
-    """What can change about adapters while their weights stay where they are."""
-    return tuple(
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.scaling.items()))
-        for module in _linears(model.transformer.layers)
-        if hasattr(module, "active_adapters")
-    )
 
 
 @dataclass
@@ -150,7 +99,7 @@ class CapturedStep:
         self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
-        order = [*map(_stored, _linears(model.transformer.layers)), model.lm_head]
+        order = [*map(stored_linear, linears_of(model.transformer.layers)), model.lm_head]
         self._next_weights = {
             one: after.weight for one, after in zip(order, [*order[1:], order[0]], strict=True)
         }
@@ -379,7 +328,7 @@ def get_step(
     """
     room = min(-(-room // ROOM_STEP) * ROOM_STEP, _longest_room(model))
     kept = _STEPS.setdefault(model, OrderedDict())
-    state = (tuple(weight.data_ptr() for weight in model.parameters()), _adapters(model))
+    state = (tuple(weight.data_ptr() for weight in model.parameters()), adapters_of(model))
     key = (kind, rows, room, cache_bits, state)
     for old in [old for old in kept if old[-1] != state]:
         del kept[old]

@@ -10,6 +10,7 @@ from chatglm.configuration import ChatGLMConfig
 from chatglm.decoding import generate_tokens
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.sampling import Sampling
+from chatglm.supported import reason_against
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,7 +109,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_as_exact_as_the_half_precision_forward_pass(kind):
     model, exact = build(**kind)
-    assert steps.reason_against(model) is None
+    assert reason_against(model) is None
     for lengths in ([3], [70], [40, 5, 64], [9] * 9, list(range(4, 37))):
         prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
         scores, tokens = captured_scores(model, prompts, 12)
@@ -175,7 +176,7 @@ def test_adapters_are_part_of_the_step_and_can_be_changed(bits):
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02 if "first" in name else 0.05)
-    assert steps.reason_against(model) is None
+    assert reason_against(model) is None
     prompts = [prompt(20), prompt(11, seed=4)]
     found = []
     for name in ("first", "second"):
