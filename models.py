@@ -29,8 +29,8 @@ global_num_layers_freeze = 0
 pre_seq_len = None
 prefix_projection = None
 
-# How frozen weights are held under LoRA, AdaLoRA and p-tuning: packed the released way into 8 or 4
-# bits (None: as stored; infer.py does so too), or by bitsandbytes in int8 or nf4.
+# How frozen weights are held under LoRA, AdaLoRA and p-tuning, and by infer.py: packed the released
+# way into 8 or 4 bits (None: as stored), or by bitsandbytes in int8 or nf4.
 quantization_bit = None
 load_in_8bit = False
 load_in_4bit = False
