@@ -261,8 +261,8 @@ def _held_in_training(
         return trained
     if any(trained) and asked != trained:
         raise ToolkitError(
-            f"{_named(asked)}: {folder} was trained on weights with {_named(trained)}; leave"
-            " quantization_bit at 0, and they are held so again"
+            f"{_named(asked)}: {folder} was trained on weights with {_named(trained)}; leave it"
+            " out, and they are held so again"
         )
     if not any(trained):
         print(f"{folder} was trained without {_named(asked)}: its answers may differ a little")

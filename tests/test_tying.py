@@ -11,7 +11,7 @@ from chatglm.errors import ToolkitError
 from chatglm.sharding import whole_state
 from chatglm.tuning.adapters import load_adapters, merge_adapter, plain_model
 from chatglm.tying import EMBEDDING, HEAD, is_shared, part_head, share_head
-from chatglm.weights import load_config, load_model, load_tokenizer, save_folder
+from chatglm.weights import describe, load_config, load_model, load_tokenizer, save_folder
 
 from .conftest import load
 from .tiny_weights import (
@@ -56,6 +56,8 @@ def test_an_equal_head_takes_no_memory_of_its_own(equal_folder, held, dtype):
     options = {"dtype": dtype, **names.get(next(iter(held), ""), held)}
     shared, apart = (load_shared(equal_folder, one_head=o, **options) for o in (True, False))
     assert is_shared(shared) and not is_shared(apart)
+    one, two = (describe(model, "here") for model in (shared, apart))
+    assert one.count("head and embedding are one") == 1 and "are one" not in two
     assert count(apart) - count(shared) == 320 * 64
     assert torch.equal(logits(shared), logits(apart))
 
