@@ -42,17 +42,21 @@ def _equal(head: Tensor, embedding: Tensor) -> bool:
 
 def part_head(model: Any) -> None:
     """Give the head a tensor of its own, of the same values; below an adapter too."""
-    head = model.get_output_embeddings()
-    plain = getattr(head, "base_layer", head)
-    weight = plain.weight
-    plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    head = _below_adapters(model.get_output_embeddings())
+    weight = head.weight
+    head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _below_adapters(head: Any) -> Any:
+    """The linear itself."""
+    return getattr(head, "base_layer", head)
 
 
 @contextlib.contextmanager
 def parted_head(model: Any) -> Iterator[None]:
     """While it lasts, a shared head is a copy: safetensors writes no tensor under two names."""
-    head, weight = model.get_output_embeddings(), model.get_output_embeddings().weight
-    shared = is_shared(model)
+    head, shared = _below_adapters(model.get_output_embeddings()), is_shared(model)
+    weight = head.weight
     if shared:
         head.weight = nn.Parameter(weight.detach().to("cpu", copy=True), requires_grad=False)
     try:
