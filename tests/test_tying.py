@@ -206,7 +206,7 @@ def test_a_head_that_differs_is_not_tied(weights_folder):
 def test_a_module_to_save_is_trained_without_its_twin(equal_folder, tmp_path, capsys, name):
     chosen = settings(equal_folder, "rslora", lora={"modules_to_save": [name]})
     model = build(chosen)
-    assert f"the adapter changes {name} alone: they are two now" in capsys.readouterr().out
+    assert f"they are two now, as the adapter changes {name}\n" in capsys.readouterr().out
     tokenizer = load_tokenizer(str(equal_folder))
     save_trained(model, whole_state(model), chosen, str(tmp_path / "last"), tokenizer=tokenizer)
     loaded, _ = load_for_inference(str(tmp_path / "last"), device="cpu")
@@ -225,7 +225,7 @@ def test_lora_on_one_of_the_two_is_merged_into_that_one(equal_folder, tmp_path, 
     foreign = get_peft_model(load(equal_folder), config).eval()
     foreign.save_pretrained(tmp_path, save_embedding_layers=False)
     loaded = load_adapters(load_shared(equal_folder), {"default": str(tmp_path)})
-    assert f"the adapter changes {target} alone" in capsys.readouterr().out
+    assert f"they are two now, as the adapter changes {target}\n" in capsys.readouterr().out
     expected = logits(foreign)
     assert (logits(loaded) - expected).abs().max() < 1e-5
     merged = merge_adapter(loaded)

@@ -117,8 +117,8 @@ def _with_own_head(model: PeftModel, *, shared: bool) -> PeftModel:
     if shared and changed:
         if is_shared(base):
             part_head(base)
-        print(f"head and embedding were one tensor; the adapter changes {' and '.join(changed)}"
-              " alone: they are two now")  # fmt: skip
+        print("head and embedding were one tensor: they are two now, as the adapter changes"
+              f" {' and '.join(changed)}")  # fmt: skip
     return model
 
 
