@@ -26,7 +26,7 @@ from chatglm.drafts import DraftedStep  # noqa: E402
 from chatglm.model import ChatGLMForConditionalGeneration  # noqa: E402
 from chatglm.prompts import settled_part  # noqa: E402
 from chatglm.sampling import Sampling  # noqa: E402
-from chatglm.steps import forget_steps, get_step  # noqa: E402
+from chatglm.steps import CapturedStep, forget_steps  # noqa: E402
 from chatglm.tokenizer import train_tokenizer  # noqa: E402
 
 GIB = 2**30
@@ -131,7 +131,7 @@ def memory_rates() -> tuple[float, float]:
 @torch.inference_mode()
 def drafted_pass(model, drafted: int) -> float:
     """Milliseconds of a pass over the last token and so many drafts, after a prompt of 512."""
-    step = get_step(model, rows=1 + drafted, room=1024, kind=DraftedStep)
+    step = DraftedStep(model, rows=1 + drafted, room=1024, cache_bits=16)
     step.read(prompts(model, 1, 512)).start()
     tokens = list(range(1000, 1001 + drafted))
     step.check(tokens)
@@ -148,7 +148,7 @@ def cache_error(model) -> float:
     ids, scores = prompts(model, 1, 512), []
     forced = torch.randint(1000, 100_000, (32,)).tolist()
     for bits in (16, 8):
-        step = get_step(model, rows=1, room=1024, cache_bits=bits)
+        step = CapturedStep(model, rows=1, room=1024, cache_bits=bits)
         step.prefill(ids, None)
         step.set_rules(GREEDY, seed=0, so_far=ids)
         step.first_token()

@@ -4,20 +4,22 @@ Two roads to the same tokens: steps captured as CUDA graphs (steps.py), and the 
 the model's own forward pass, for whatever those can't do; on a GPU, the reason is said once.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 from .cache import KVCache
-from .drafts import MOST_DRAFTED, Checker, DraftedStep, checked_tokens
+from .drafts import MOST_DRAFTED, DraftedStep, checked_tokens
 from .errors import ToolkitError
 from .kernels.ops import MOST_TOP_K
 from .positions import find_context, token_index
 from .sampling import Sampling, choose_tokens, guard_scores
-from .steps import get_step
+from .steps import lent_step
 from .supported import reason_against
 
 logger = logging.getLogger("chatglm")
@@ -51,7 +53,10 @@ def generate_tokens(
         ToolkitError: if one of the last two can't be had with the other arguments, or here.
     """
     if prompt_lookup_tokens:
-        _check_lookup(prompt_lookup_tokens, input_ids, sampling, logits_processor)
+        padded = attention_mask is not None and not attention_mask.all()
+        _check_lookup(
+            prompt_lookup_tokens, input_ids, sampling, logits_processor, has_pads=bool(padded)
+        )
     reason = _reason_for_plain_steps(model, sampling, logits_processor)
     _check_cache_bits(kv_cache_bits, reason, prompt_lookup_tokens)
     if reason is not None and model.device.type == "cuda" and reason not in _said:
@@ -101,6 +106,8 @@ def _check_lookup(
     input_ids: Tensor,
     sampling: Sampling,
     logits_processor: LogitsProcessorList | None,
+    *,
+    has_pads: bool,
 ) -> None:
     if not 0 < number <= MOST_DRAFTED:
         raise ToolkitError(f"prompt_lookup_tokens {number}: allowed is 0 (off) to {MOST_DRAFTED}")
@@ -109,6 +116,7 @@ def _check_lookup(
         else "a repetition_penalty: leave it at 1.0" if sampling.repetition_penalty != 1.0
         else "a logits_processor" if logits_processor
         else f"{len(input_ids)} rows: give one at a time" if len(input_ids) > 1
+        else "pads: give the row without them" if has_pads
         else None
     )  # fmt: skip
     if reason:
@@ -137,10 +145,9 @@ def _reason_for_plain_steps(
 
 
 def _seed_of(generator: torch.Generator | None) -> int:
-    """The generator's seed, or one drawn from torch's own."""
-    if generator is not None:
-        return generator.initial_seed()
-    return int(torch.randint(2**32, (1,)))
+    """Drawn from the generator, or from torch's own."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**32, (1,), generator=generator, device=device))
 
 
 @torch.inference_mode()
@@ -160,16 +167,16 @@ def _captured_tokens(
     """
     prompts, mask = _padded_on_the_right(input_ids, attention_mask)
     room = prompts.shape[1] + max_new_tokens + (model.config.pre_seq_len or 0)
-    step = get_step(model, rows=len(prompts), room=room, cache_bits=cache_bits)
-    step.prefill(prompts, mask)
-    step.set_rules(sampling, seed=seed, so_far=prompts)
-    step.first_token()
-    told = 1
-    for number in range(max_new_tokens):
-        while told < min(number + STEPS_AHEAD, max_new_tokens):
-            step.next_token()
-            told += 1
-        yield step.wait_for(number)
+    with lent_step(model, rows=len(prompts), room=room, cache_bits=cache_bits) as step:
+        step.prefill(prompts, mask)
+        step.set_rules(sampling, seed=seed, so_far=prompts)
+        step.first_token()
+        told = 1
+        for number in range(max_new_tokens):
+            while told < min(number + STEPS_AHEAD, max_new_tokens):
+                step.next_token()
+                told += 1
+            yield step.wait_for(number)
 
 
 def _padded_on_the_right(
@@ -272,15 +279,18 @@ def _looked_up_tokens(
     model, input_ids: Tensor, *, captured: bool, most_drafted: int, max_new_tokens: int
 ) -> Iterator[Tensor]:
     """Greedy tokens (1,), several from one pass where the answer repeats what was said."""
-    checker: Checker = PlainSteps(
-        model, input_ids, None, max_new_tokens=max_new_tokens + most_drafted
+    room = input_ids.shape[1] + max_new_tokens + (model.config.pre_seq_len or 0)
+    lent: Any = (
+        lent_step(model, rows=1 + most_drafted, room=room, kind=DraftedStep)
+        if captured
+        else contextlib.nullcontext(
+            PlainSteps(model, input_ids, None, max_new_tokens=max_new_tokens + most_drafted)
+        )
     )
-    if captured:
-        room = input_ids.shape[1] + max_new_tokens + (model.config.pre_seq_len or 0)
-        rows = 1 + most_drafted
-        checker = get_step(model, rows=rows, room=room, kind=DraftedStep).read(input_ids)
-    found = checked_tokens(
-        checker, input_ids[0].tolist(), most_drafted=most_drafted, max_new_tokens=max_new_tokens
-    )
-    for token in found:
-        yield torch.tensor([token])
+    with lent as checker:
+        if captured:
+            checker.read(input_ids)
+        for token in checked_tokens(
+            checker, input_ids[0].tolist(), most_drafted=most_drafted, max_new_tokens=max_new_tokens
+        ):
+            yield torch.tensor([token])

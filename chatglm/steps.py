@@ -11,9 +11,12 @@ of a pad is ever read. Models that this can't be done with (supported.py) have t
 decoding.py.
 """
 
+import contextlib
+import functools
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import ToolkitError
 from .kernels import ops, products
 from .positions import find_context
 from .prefill import read_prompts
@@ -77,7 +81,9 @@ class CapturedStep:
         sequences: int | None = None,
     ):
         config, device, dtype = model.config, model.device, model.transformer.dtype
-        self.model, self.rows, self.room = model, rows, room
+        self._model = weakref.ref(model)  # or steps that are kept would keep it
+        self._on_device = functools.partial(torch.cuda.device, device)
+        self.rows, self.room = rows, room
         self.sequences = rows if sequences is None else sequences
         heads, width = config.num_attention_heads, config.hidden_size
         self.cache = StepCache(model, rows=self.sequences, room=room, bits=cache_bits)
@@ -107,12 +113,21 @@ class CapturedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
+    def model(self) -> Any:
+        """Whose step it is."""
+        return self._model()
+
+    @property
     def nbytes(self) -> int:
         """Of the cache, which is most of what a step keeps."""
         return self.cache.nbytes
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Read the prompts (B, T), padded on the right; scores are those of the first tokens."""
+        with self._on_device():
+            self._prefill(input_ids, attention_mask)
+
+    def _prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         model, config = self.model, self.model.config
         torch.cuda.current_stream().synchronize()  # steps told for an answer that was broken off
         self.history.fill_(self.UNWRITTEN)
@@ -160,13 +175,15 @@ class CapturedStep:
 
     def first_token(self) -> None:
         """Choose a token of each row from the prompts' scores."""
-        self._sample()
+        with self._on_device():
+            self._sample()
 
     def next_token(self) -> None:
         """Replay the step, which is captured the first time."""
-        if self.graph is None:
-            self.graph = self._capture()
-        self.graph.replay()
+        with self._on_device():
+            if self.graph is None:
+                self.graph = self._capture()
+            self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()  # the first tokens may still be on their way
@@ -202,7 +219,8 @@ class CapturedStep:
         while (tokens == self.UNWRITTEN).any():
             time.sleep(POLL_SECONDS)
             if time.monotonic() - checked > SECONDS_BETWEEN_CHECKS:
-                torch.cuda.current_stream().query()  # raises what went wrong on the GPU
+                with self._on_device():
+                    torch.cuda.current_stream().query()  # raises what went wrong on the GPU
                 checked = time.monotonic()
         return tokens.long()
 
@@ -310,44 +328,57 @@ class CapturedStep:
 
 
 _STEPS: weakref.WeakKeyDictionary[Any, OrderedDict] = weakref.WeakKeyDictionary()
-"""Captured steps of each model, the one used last at the end."""
+"""Captured steps of each model that no answer is using, the one used last at the end."""
 
 
-def get_step(
+@contextlib.contextmanager
+def lent_step(
     model: Any,
     *,
     rows: int,
     room: int,
     cache_bits: int = 16,
     kind: type[CapturedStep] = CapturedStep,
-) -> Any:
-    """The step for so many rows and at least so much room, kept from answer to answer.
+) -> Iterator[Any]:
+    """The step for so many rows and at least so much room, for one answer; kept for the next.
 
-    Replaced when a weight of the model stands elsewhere than when it was captured, or another
+    Made anew when a weight of the model stands elsewhere than when it was captured, or another
     adapter is in use.
+
+    Raises:
+        ToolkitError: for more room than the model has positions.
     """
-    room = min(-(-room // ROOM_STEP) * ROOM_STEP, _longest_room(model))
+    longest = model.config.max_sequence_length + (model.config.pre_seq_len or 0)
+    if room > longest:
+        raise ToolkitError(
+            f"prompt and answer of {room} tokens; this model reads at most {longest}: shorten the"
+            " prompt or ask for fewer new tokens"
+        )
+    room = min(-(-room // ROOM_STEP) * ROOM_STEP, -(-longest // 64) * 64)
     kept = _STEPS.setdefault(model, OrderedDict())
     state = (tuple(weight.data_ptr() for weight in model.parameters()), adapters_of(model))
     key = (kind, rows, room, cache_bits, state)
     for old in [old for old in kept if old[-1] != state]:
         del kept[old]
-    if key not in kept:
-        while kept and sum(step.nbytes for step in kept.values()) > KEPT_BYTES:
-            kept.popitem(last=False)
-        kept[key] = kind(model, rows=rows, room=room, cache_bits=cache_bits)
-    kept.move_to_end(key)
-    return kept[key]
+    step = kept.pop(key, None)
+    if step is None:
+        _forget_oldest(kept)
+        step = kind(model, rows=rows, room=room, cache_bits=cache_bits)
+    try:
+        yield step
+    finally:
+        _forget_oldest(kept)
+        kept[key] = step
+
+
+def _forget_oldest(kept: OrderedDict) -> None:
+    while kept and sum(step.nbytes for step in kept.values()) > KEPT_BYTES:
+        kept.popitem(last=False)
 
 
 def forget_steps() -> None:
     """Free the caches and graphs of all models."""
     _STEPS.clear()
-
-
-def _longest_room(model: Any) -> int:
-    config = model.config
-    return -(-(config.max_sequence_length + (config.pre_seq_len or 0)) // 64) * 64
 
 
 def _bits(token_ids: Tensor, words: int) -> Tensor:

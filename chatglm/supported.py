@@ -19,6 +19,11 @@ def reason_against(model: Any) -> str | None:
             return f"in place of its {plain.__name__} stands a {type(module).__name__}"
     if model.config.head_width != 128:
         return f"its heads are {model.config.head_width} wide"
+    if model.lm_head.out_features % 32:
+        return f"its vocabulary of {model.lm_head.out_features} is no multiple of 32"
+    longest = model.config.max_sequence_length + (model.config.pre_seq_len or 0)
+    if longest > ops.MOST_KEYS:
+        return f"its sequences are longer than {ops.MOST_KEYS}"
     linears = linears_of(model.transformer.layers)
     strange = next((one for one in linears if stored_linear(one) is None), None)
     if strange is not None:
@@ -29,7 +34,8 @@ def reason_against(model: Any) -> str | None:
 
 def _reason_against_tensors(model: Any, stored: list[Any]) -> str | None:
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    read = [tensor for module in (*norms, *stored) for tensor in module.parameters()]
+    modules = (model.transformer.word_embeddings, *norms, *stored)
+    read = [tensor for module in modules for tensor in module.parameters()]
     dtypes = {tensor.dtype for tensor in read if tensor.is_floating_point()}
     if len({tensor.device for tensor in read}) > 1:
         return "its weights stand on several devices"
@@ -66,7 +72,12 @@ def stored_linear(linear: Any) -> Any:
 def adapters_of(model: Any) -> tuple:
     """What can change about adapters while their weights stay where they are."""
     return tuple(
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.scaling.items()))
+        (
+            tuple(module.active_adapters),
+            tuple(module.merged_adapters),
+            module.disable_adapters,
+            tuple(module.scaling.items()),
+        )
         for module in linears_of(model.transformer.layers)
         if hasattr(module, "active_adapters")
     )

@@ -4,6 +4,8 @@ What a step does with its buffers, its cache and its counts is tested without a 
 kernels themselves are tested against plain torch on one (test_kernels.py).
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -111,5 +113,6 @@ def use(monkeypatch):
     monkeypatch.setattr(products, "supports_norm", lambda *_: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(steps.CapturedStep, "_capture", lambda step: Replay(step))
     monkeypatch.setattr(decoding, "reason_against", lambda model: None)

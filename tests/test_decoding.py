@@ -117,6 +117,14 @@ def test_prompt_lookup_is_refused_with_what_it_cannot_have(released, golden, opt
         decode(released, golden["greedy.input_ids"], **{"prompt_lookup_tokens": 4, **options})
 
 
+def test_prompt_lookup_takes_no_pads(released, golden):
+    ids = golden["greedy.input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    with pytest.raises(ToolkitError, match="pads: give the row without them"):
+        decode(released, ids, attention_mask=mask, prompt_lookup_tokens=4)
+
+
 def test_prompt_lookup_takes_one_row_at_a_time(released, golden):
     with pytest.raises(ToolkitError, match="rows: give one at a time"):
         decode(released, golden["greedy_batch.input_ids"], prompt_lookup_tokens=4)

@@ -45,12 +45,18 @@ def packed(out_features, in_features, bits, dtype):
 
 @pytest.mark.parametrize("card", ALL_CARDS)
 def test_every_kernel_compiles_for_every_card(card):
-    sizes = ("IN_FEATURES=4096", "ROWS=1", "UNROLL=4", "STAGED", "NORM", "BIAS", "GELU", "RESIDUAL")
-    assert compile_source("linear", card, ("BITS=4", *sizes))
-    assert compile_source("attention", card, ("MOST_KEYS=2048",))
-    assert compile_source("dequantize", card, ("BITS=8",))
+    if card >= 100 and tuple(map(int, torch.version.cuda.split("."))) < (12, 8):
+        pytest.skip("this compiler does not know the card")
+    half = ["BF16"] if card >= 80 else []
+    around = ("STAGED", "NORM", "BIAS", "GELU", "RESIDUAL")
+    sizes = ("IN_FEATURES=4096", "ROWS=1", "UNROLL=4")
+    assert compile_source("linear", card, ("BITS=4", *sizes, *around))
+    assert compile_source("linear", card, ("BITS=8", *sizes, *half))
+    for variant in ((), ("DRAFTS",), ("CACHE8",)):
+        assert compile_source("attention", card, ("MOST_KEYS=2048", *variant, *half))
+    assert compile_source("dequantize", card, ("BITS=8", *half))
     for name in ("sample", "rotate"):
-        assert compile_source(name, card, ())
+        assert compile_source(name, card, tuple(half))
 
 
 def test_a_fault_in_a_kernel_is_one_line(monkeypatch):
@@ -204,7 +210,7 @@ def test_attention_over_a_cache_of_int8():
     for row, length in enumerate(lengths.tolist()):
         for part, (stored, new) in enumerate(((keys, k), (values, v))):
             found = stored[row, :, length].double() * scales[part, row, :, length, None]
-            assert error(found, new[row]) < 6e-3
+            assert error(found, new[row]) < 8e-3  # 127 steps up to the largest of 128
             (exact_keys, exact_values)[part][row, :, length] = found
         end = length + 1
         weights = exact_keys[row, :, :end] @ q[row, :, :, None] / WIDTH**0.5
@@ -287,6 +293,21 @@ def test_tokens_are_drawn_as_often_as_transformers_rules_say(top_k, top_p, tempe
     statistic = ((counts - expected)[often] ** 2 / expected[often]).sum()
     degrees = int(often.sum())
     assert statistic < degrees + 6 * (2 * degrees) ** 0.5  # six deviations
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_equal_scores_beyond_the_room_leave_no_larger_one_out(dtype):
+    scores = torch.zeros(2, 130528, dtype=dtype, device="cuda")
+    scores[0, 100_000], scores[1, 5::7] = 3.0, 1.0
+    tokens = Sampler(scores, top_k=1024, top_p=1e-6).tokens_of(3)
+    assert tokens[:, 0].tolist() == [100_000] * 3
+    assert tokens[:, 1].tolist() == [5] * 3
+
+
+def test_a_seed_draws_the_same_among_equal_scores():
+    scores = random(1, 130528).mul(4).round()
+    drawn = [Sampler(scores, top_k=1000, seed=3).tokens_of(50) for _ in range(2)]
+    assert torch.equal(*drawn)
 
 
 def _drawn_with_marks(sampler, words, steps):

@@ -81,17 +81,17 @@ def captured_scores(model, prompts, count, room=256, cache_bits=16):
     """Scores (count, B, V) and the greedy tokens (count, B) of captured steps."""
     ids, mask = padded(prompts)
     order = (mask == 0).long().argsort(dim=1, stable=True)
-    step = steps.get_step(model, rows=len(prompts), room=room, cache_bits=cache_bits)
-    step.prefill(ids.gather(1, order), mask.gather(1, order))
-    step.set_rules(GREEDY, seed=0, so_far=ids)
-    scores, tokens = [step.scores.float().clone()], []
-    step.first_token()
-    for _ in range(count - 1):
-        tokens.append(step.tokens.long().cpu())
-        step.next_token()
-        # What the sampling at a replay's end looked at.
+    scores, tokens = [], []
+    with steps.lent_step(model, rows=len(prompts), room=room, cache_bits=cache_bits) as step:
+        step.prefill(ids.gather(1, order), mask.gather(1, order))
+        step.set_rules(GREEDY, seed=0, so_far=ids)
         scores.append(step.scores.float().clone())
-    tokens.append(step.tokens.long().cpu())
+        step.first_token()
+        for _ in range(count - 1):
+            tokens.append(step.tokens.long().cpu())
+            step.next_token()
+            scores.append(step.scores.float().clone())  # what the sampling at its end looked at
+        tokens.append(step.tokens.long().cpu())
     return torch.stack(scores), torch.stack(tokens)
 
 
@@ -157,15 +157,34 @@ def test_prompt_lookup_gives_the_very_tokens_of_single_steps(bits, most_drafted)
     assert torch.equal(answer(model, prompts, 200, prompt_lookup_tokens=most_drafted), single)
 
 
-def test_a_row_comes_out_the_same_alone_and_among_others():
-    for bits in (0, 8, 4):
-        model, _ = build(bits)
-        prompts = [
-            prompt(length, seed) for seed, length in enumerate([70, 12, 33, 64, 5, 20, 9, 2])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@torch.inference_mode()
+def test_a_row_comes_out_the_same_alone_and_among_others(bits):
+    model, _ = build(bits)
+    ids, mask = padded([prompt(n, seed) for seed, n in enumerate([70, 12, 33, 64, 5, 20, 9, 4])])
+    order = (mask == 0).long().argsort(dim=1, stable=True)
+    together = steps.CapturedStep(model, rows=8, room=128)
+    together.prefill(ids.gather(1, order), mask.gather(1, order))
+    together.set_rules(GREEDY, seed=0, so_far=ids)
+    for row in (0, 3, 7):
+        alone = steps.CapturedStep(model, rows=1, room=128)
+        alone.set_rules(GREEDY, seed=0, so_far=ids[:1])
+        alone.cache.stored.copy_(together.cache.stored[:, :, row : row + 1])
+        alone.scores.copy_(together.scores[row : row + 1])
+        for name in ("lengths", "text_positions", "first_blocks", "steps"):
+            getattr(alone.counts, name).copy_(getattr(together.counts, name)[row : row + 1])
+        kept = [
+            x.clone()
+            for x in (together.cache.stored, together.scores, *vars(together.counts).values())
         ]
-        together = answer(model, prompts, 20)
-        for row, one in enumerate(prompts):
-            assert torch.equal(answer(model, [one], 20)[:, 0], together[:, row])
+        for step in (together, alone):
+            step.first_token()
+            for _ in range(10):
+                step.next_token()
+        assert torch.equal(alone.scores[0], together.scores[row])
+        assert int(alone.tokens[0]) == int(together.tokens[row])
+        for tensor, before in zip(changing, kept, strict=True):
+            tensor.copy_(before)
 
 
 @pytest.mark.parametrize("bits", [0, 4])
@@ -261,18 +280,24 @@ def test_kept_caches_stay_within_their_bytes(monkeypatch):
     monkeypatch.setattr(steps, "KEPT_BYTES", 1)
     for rows in (1, 2, 3):
         answer(model, [prompt(20)] * rows, 3)
-    assert len(steps._STEPS[model]) == 1
+    assert len(steps._STEPS[model]) == 1  # the one used last stays in any case
 
 
-def test_nothing_waits_for_the_gpu_between_two_steps():
+def test_steps_can_be_told_ahead_without_waiting_for_one():
     model, _ = build()
-    answer(model, [prompt(20)], 3)
-    step = steps.get_step(model, rows=1, room=22)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step.next_token()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    ids = padded([prompt(20)])[0]
+    wanted = answer(model, [prompt(20)], 9)
+    with steps.lent_step(model, rows=1, room=29) as step, torch.inference_mode():
+        step.prefill(ids, None)
+        step.set_rules(GREEDY, seed=0, so_far=ids)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.first_token()
+            for _ in range(8):
+                step.next_token()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(torch.stack([step.wait_for(n) for n in range(9)]), wanted)
 
 
 def test_without_a_compiler_the_plain_loop_answers_and_says_why(monkeypatch, caplog):

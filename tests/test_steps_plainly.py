@@ -1,9 +1,12 @@
 """What captured steps do with cache, counts and history, in fp32 and without a GPU."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from chatglm import steps
+from chatglm import decoding, steps
 from chatglm.decoding import generate_tokens
 from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
@@ -80,15 +83,15 @@ def test_virtual_tokens_stand_before_the_cache(with_prefix, golden, options, mon
 def test_a_cache_of_int8_changes_scores_by_little(with_prefix, golden):
     scores = []
     for bits in (16, 8):
-        step = steps.get_step(with_prefix, rows=2, room=64, cache_bits=bits)
+        step = steps.CapturedStep(with_prefix, rows=2, room=64, cache_bits=bits)
         with torch.inference_mode():
             ids = golden["greedy_batch.input_ids"]
             order = (ids == 3).long().argsort(dim=1, stable=True)
-            step.prefill(ids.gather(1, order), (ids.gather(1, order) != 3).long())
+            ids = ids.gather(1, order)
+            step.prefill(ids, (ids != 3).long())
             step.set_rules(GREEDY, seed=0, so_far=ids)
             step.first_token()
             for _ in range(3):
-                step.tokens.fill_(7)
                 step.hidden.copy_(with_prefix.transformer.word_embeddings.weight[[7, 7]])
                 step.next_token()
             scores.append(step.scores.clone())
@@ -113,3 +116,38 @@ def test_a_second_answer_takes_the_step_of_the_first(released, golden):
     kept = list(steps._STEPS[released].values())
     assert torch.equal(decode(released, ids), first)
     assert list(steps._STEPS[released].values()) == kept and len(kept) == 1
+
+
+def test_two_answers_at_once_do_not_disturb_each_other(released, golden):
+    ids, wanted = golden["greedy.input_ids"], golden["greedy.output_ids"]
+    settings = {"max_new_tokens": 12, "sampling": GREEDY, "eos_token_ids": [-1]}
+    other = ids.clone()
+    other[0, 0] = 9
+    alone = torch.stack(list(generate_tokens(released, other, **settings)))
+    first, second = (generate_tokens(released, x, **settings) for x in (ids, other))
+    pairs = list(zip(first, second, strict=True))
+    start = ids.shape[1]
+    assert torch.cat([one for one, _ in pairs]).tolist() == wanted[0, start : start + 12].tolist()
+    assert torch.equal(torch.stack([two for _, two in pairs]), alone)
+
+
+def test_a_model_that_is_gone_takes_its_steps_along(golden, checkpoint_folder):
+    model = load(checkpoint_folder)
+    decode(model, golden["greedy.input_ids"], max_new_tokens=2)
+    assert model in steps._STEPS
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_more_room_than_the_model_has_positions_is_refused(released, golden):
+    with pytest.raises(ToolkitError, match="this model reads at most"):
+        decode(released, golden["greedy.input_ids"], max_new_tokens=3000)
+
+
+def test_a_generator_is_drawn_from(released):
+    generator = torch.Generator().manual_seed(3)
+    seeds = [decoding._seed_of(generator) for _ in range(2)]
+    assert seeds[0] != seeds[1]
+    assert decoding._seed_of(torch.Generator().manual_seed(3)) == seeds[0]

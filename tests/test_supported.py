@@ -1,5 +1,7 @@
 """Why a model is not for the kernels, in words; without a GPU only what comes before the card."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ def wide(released, monkeypatch):
     monkeypatch.setattr(type(released.config), "head_width", 128)
     monkeypatch.setattr(products, "supports_linear", lambda *_: True)
     monkeypatch.setattr(supported.ops, "reason_against_card", lambda device: None)
-    return OnAGpu(released)
+    return OnAGpu(copy.deepcopy(released))
 
 
 def test_a_model_on_a_cpu_is_told_so(released):
@@ -39,22 +41,27 @@ def test_fp32_is_told(wide):
     assert supported.reason_against(wide) == "its precision is float32"
 
 
-def test_a_strange_linear_is_told(wide, monkeypatch):
+def test_a_strange_linear_is_told(wide):
     class Strange(nn.Linear):
         pass
 
-    monkeypatch.setattr(wide.transformer.layers[1].mlp, "dense_h_to_4h", Strange(64, 256))
+    wide.transformer.layers[1].mlp.dense_h_to_4h = Strange(64, 256)
     assert "Strange" in supported.reason_against(wide)
 
 
-def test_a_wrapped_head_is_told(wide, monkeypatch):
-    monkeypatch.setattr(wide.model, "lm_head", nn.Sequential(wide.lm_head))
+def test_a_wrapped_head_is_told(wide):
+    wide.model.lm_head = nn.Sequential(wide.lm_head)
     assert supported.reason_against(wide) == "in place of its Linear stands a Sequential"
 
 
-def test_half_precision_is_taken_and_a_bias_left_in_fp32_is_told(wide, monkeypatch):
+def test_half_precision_is_taken_and_a_bias_left_in_fp32_is_told(wide):
     half = OnAGpu(type(wide.model)(wide.config).half())
     assert supported.reason_against(half) is None
     dense = half.transformer.layers[0].attention.dense
     dense.bias = nn.Parameter(dense.bias.float())
     assert supported.reason_against(half) == "its precision is float16, float32"
+
+
+def test_a_vocabulary_that_does_not_fit_is_told(wide):
+    wide.lm_head.out_features = 316
+    assert supported.reason_against(wide) == "its vocabulary of 316 is no multiple of 32"

@@ -54,7 +54,7 @@ DEVICE float rounded(float value, Stored* to, float* scale_to, float* scratch) {
 DEVICE float rotated(const u16* head, int i, float cosine, float sine) {
     const float x = to_float(head[i]), fellow = to_float(head[i ^ 32]);
     const float turned = (i % 64) < 32 ? -fellow : fellow;
-    return x * cosine + turned * sine;
+    return __fmaf_rn(x, cosine, turned * sine);  // as in rotate.cu, to the last bit
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention(

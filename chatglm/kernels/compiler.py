@@ -24,7 +24,6 @@ CACHE = "~/.cache/chatglm-6b/kernels"
 SOURCES = pathlib.Path(__file__).parent
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-USUAL_SHARED_BYTES = 48 << 10
 
 
 class KernelError(RuntimeError):
@@ -131,7 +130,8 @@ class Kernel:
 
     def __init__(self, name: str, device: int, defines: tuple[str, ...], shared_bytes: int):
         major, minor = torch.cuda.get_device_capability(device)
-        self.name, self.shared_bytes, self.overlaps = name, shared_bytes, major >= 9
+        self.name, self.device, self.shared_bytes = name, device, shared_bytes
+        self.overlaps = major >= 9
         code = _compiled(name, 10 * major + minor, defines)
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
@@ -141,7 +141,7 @@ class Kernel:
                 _driver().cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()),
                 "load",
             )
-            if shared_bytes > USUAL_SHARED_BYTES:
+            if shared_bytes:  # beside what the kernel has without asking
                 self._check(
                     _driver().cuFuncSetAttribute(self.function, _MOST_SHARED_BYTES, shared_bytes),
                     "give shared memory to",
@@ -154,7 +154,7 @@ class Kernel:
             raise KernelError(f"could not {doing} {self.name}: {(text.value or b'').decode()}")
 
     def launch(self, grid: Sequence[int], threads: int, arguments: Sequence[Any]) -> None:
-        """Start the kernel on torch's current stream.
+        """Start the kernel on torch's current stream of its device.
 
         arguments: tensors (None: a null pointer), ints (32 bits) and floats (32 bits), in the
         kernel's order; tensors must be contiguous, and outlive the launch.
@@ -163,15 +163,15 @@ class Kernel:
         addresses = (ctypes.c_void_p * len(values))(
             *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
         )
-        config = _LaunchConfig(
-            *grid, threads, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream
-        )
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        config = _LaunchConfig(*grid, threads, 1, 1, self.shared_bytes, stream)
         overlap = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
         if self.overlaps:
             config.attributes = ctypes.addressof(overlap)
             config.num_attributes = 1
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, addresses, None)
-        self._check(status, "launch")
+        launch = _driver().cuLaunchKernelEx
+        with torch.cuda.device(self.device):
+            self._check(launch(ctypes.byref(config), self.function, addresses, None), "launch")
 
 
 def _as_argument(value: Any) -> Any:

@@ -6,6 +6,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS) dequantize(
     const u32* weight, const u16* scale, uint4* out, int eights) {
+    wait_for_previous();  // out may be memory that it still reads
     const int row = blockIdx.x, i = blockIdx.y * THREADS + threadIdx.x;
     if (i >= eights) return;
     const long long place = (long long)row * eights + i;

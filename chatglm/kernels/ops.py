@@ -17,6 +17,7 @@ logger = logging.getLogger("chatglm")
 
 THREADS = 256
 MOST_TOP_K = 1024
+MOST_KEYS = 8000  # a part of attention for each of 128 threads, and room for drafts
 _HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
 
 
@@ -25,7 +26,7 @@ def reason_against_card(device: int) -> str | None:
     """Why no kernel can be compiled or run on a GPU, or None; said once."""
     try:
         get_kernel("sample", device, ())
-    except KernelError as error:
+    except (KernelError, OSError) as error:
         logger.warning("plain torch does the work of the GPU kernels, and slower: %s", error)
         return str(error)
     return None
@@ -169,6 +170,8 @@ def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     defines = [f"BITS={bits}", *(["BF16"] if dtype == torch.bfloat16 else [])]
     kernel = get_kernel("dequantize", weight.device.index, tuple(defines))
+    if not rows:
+        return out
     eights = in_features // 8
     kernel.launch((rows, -(-eights // THREADS), 1), THREADS, [weight, scale, out, eights])
     return out

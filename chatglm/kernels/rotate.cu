@@ -18,8 +18,8 @@ DEVICE void turn(uint4& first, uint4& second, const float* cosines, const float*
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float c = cosines[j * 2 + h], s = sines[j * 2 + h], old = x[h];
-            x[h] = old * c - y[h] * s;
-            y[h] = y[h] * c + old * s;
+            x[h] = __fmaf_rn(old, c, -y[h] * s);
+            y[h] = __fmaf_rn(y[h], c, old * s);
         }
         a[j] = pack(x[0], x[1]);
         b[j] = pack(y[0], y[1]);

@@ -166,11 +166,31 @@ DEVICE int collect(const Scores& scores, u32 bound, int vocabulary, u64* shared,
         for (int j = 0; j < 8; j++) {
             if ((u32)(keys[j] >> 32) < bound) continue;
             const int at = atomicAdd(count, 1);
-            if (at < THREADS) shared[at] = keys[j];  // beyond that, equal scores are left out
+            if (at < THREADS) shared[at] = keys[j];
         }
     }
     __syncthreads();
     return *count;
+}
+
+// Puts the keys of one score behind those that are there, the lower indices first, as far as there is
+// room.
+DEVICE void append_equal(const Scores& scores, u32 bound, int vocabulary, u64* shared, float* sums,
+                         int* count) {
+    for (int first = 0; first < vocabulary / 8 && *count < THREADS; first += THREADS) {
+        const int place = first + threadIdx.x, base = *count;
+        u64 keys[8] = {};
+        int mine = 0;
+        if (place < vocabulary / 8) scores.keys(place, keys);
+#pragma unroll
+        for (int j = 0; j < 8; j++) mine += (u32)(keys[j] >> 32) == bound;
+        const int upto = base + (int)running_sum(mine, sums);
+        int at = upto - mine;
+        for (int j = 0; j < 8; j++)
+            if ((u32)(keys[j] >> 32) == bound && at < THREADS) shared[at++] = keys[j];
+        if (threadIdx.x == THREADS - 1) *count = upto;
+        __syncthreads();
+    }
 }
 
 // A token of a row; `best` is the largest of each thread's own scores.
@@ -189,6 +209,11 @@ DEVICE int draw(const Scores& scores, float best, int vocabulary, int top_k, flo
             else
                 bound = middle;
         }
+        if (collect(scores, bound, vocabulary, shared, count) > THREADS) {  // of equal ones
+            collect(scores, bound + 1, vocabulary, shared, count);
+            append_equal(scores, bound, vocabulary, shared, sums, count);
+        }
+        break;
     }
     const u64 key = sorted(shared[i], shared);
     shared[i] = key;
