@@ -173,10 +173,8 @@ def test_a_row_comes_out_the_same_alone_and_among_others(bits):
         alone.scores.copy_(together.scores[row : row + 1])
         for name in ("lengths", "text_positions", "first_blocks", "steps"):
             getattr(alone.counts, name).copy_(getattr(together.counts, name)[row : row + 1])
-        kept = [
-            x.clone()
-            for x in (together.cache.stored, together.scores, *vars(together.counts).values())
-        ]
+        changing = (together.cache.stored, together.scores, *vars(together.counts).values())
+        kept = [tensor.clone() for tensor in changing]
         for step in (together, alone):
             step.first_token()
             for _ in range(10):
