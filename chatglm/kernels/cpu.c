@@ -58,6 +58,16 @@ INLINE uint16_t to_fp16(float value) {
     return (size + 0xfff + (size >> 13 & 1)) >> 13 | (bits >> 16 & 0x8000);
 }
 
+INLINE float get(const void *numbers, const int type, long i) {
+    return type == FP32 ? ((const float *)numbers)[i] : from_bf16(((const uint16_t *)numbers)[i]);
+}
+
+INLINE void put(void *out, const int type, long i, float value) {
+    if (type == FP32) ((float *)out)[i] = value;
+    if (type == BF16) ((uint16_t *)out)[i] = to_bf16(value);
+    if (type == FP16) ((uint16_t *)out)[i] = to_fp16(value);
+}
+
 INLINE int high(uint8_t pair) { return (int8_t)pair >> 4; }
 INLINE int low(uint8_t pair) { return (int8_t)(pair << 4) >> 4; }
 
@@ -185,12 +195,13 @@ INLINE float sum_of_digits(const int kind, const uint8_t *weight, const int8_t *
 // ---- all rows
 
 typedef struct {
-    int kind;  // of the weights, one of the enum
+    int kind, type;  // of the weights; and of bias and out, FP32 or BF16
     int rows, digits;
     long columns, outputs;
     const uint8_t *weight;
     const uint16_t *scale;  // (N,) fp16, or null
-    float *out;             // (rows, N)
+    const void *bias;       // (N,), or null
+    void *out;              // (rows, N)
     const float *x;         // (rows, K) in the order of the weight's columns
     const int8_t *planes;   // (rows, digits, K) likewise
     const int32_t *begin;   // (rows, digits): where the sums begin
@@ -226,23 +237,26 @@ static void some_products(void *data) {
             for (int row = 0; row < p->rows; row++) {
                 const uint8_t *weight = p->weight + n * bytes_of(p->kind, p->columns);
                 float scale = p->scale ? from_fp16(p->scale[n]) : 1;
-                p->out[row * p->outputs + n] = scale * product_of_row(p, weight, row);
+                float bias = p->bias ? get(p->bias, p->type, n) : 0;
+                put(p->out, p->type, row * p->outputs + n,
+                    scale * product_of_row(p, weight, row) + bias);
             }
 }
 
-static void write_by_column(const float *restrict x, int kind, long columns,
+INLINE void write_by_column(const void *restrict x, const int type, int kind, long columns,
                             float *restrict ordered) {
     for (long i = 0; i < columns / 2 && kind == INT4; i++) {
-        ordered[i] = x[2 * i];
-        ordered[columns / 2 + i] = x[2 * i + 1];
+        ordered[i] = get(x, type, 2 * i);
+        ordered[columns / 2 + i] = get(x, type, 2 * i + 1);
     }
-    for (long i = 0; i < columns && kind != INT4; i++) ordered[i] = x[i];
+    for (long i = 0; i < columns && kind != INT4; i++) ordered[i] = get(x, type, i);
 }
 
-// out (rows, N) = x (rows, K) times the weight's transpose, times scale (N,) if there is one.
-// digits: 2 to 4. Gives 0, or 1 if there is no memory.
-int multiply(int kind, const float *x, int rows, int digits, long columns, long outputs,
-             const void *weight, const void *scale, float *out, int threads) {
+// out (rows, N) = x (rows, K) times the weight's transpose, times scale (N,) if there is one, plus
+// bias (N,) if there is one; x, bias and out are FP32 or BF16. digits: 2 to 4.
+// Gives 0, or 1 if there is no memory.
+int multiply(int kind, int type, const void *x, int rows, int digits, long columns, long outputs,
+             const void *weight, const void *scale, const void *bias, void *out, int threads) {
     long numbers = rows * columns, up = kind == INT4 ? 8 : 128;
     char *room = malloc(numbers * (sizeof(float) + digits));
     if (!room) return 1;
@@ -252,8 +266,9 @@ int multiply(int kind, const float *x, int rows, int digits, long columns, long 
     for (int row = 0; row < rows; row++) {
         float *mine = ordered + row * columns;
         int8_t *plane = planes + row * digits * columns;
-        write_by_column(x + row * columns, kind, columns, mine);
         int32_t *sums = begin + row * digits;
+        if (type == FP32) write_by_column((float *)x + row * columns, FP32, kind, columns, mine);
+        if (type == BF16) write_by_column((uint16_t *)x + row * columns, BF16, kind, columns, mine);
         switch (has_digits(kind, columns) ? digits : 0) {
         case 2: units[row] = write_digits(mine, up, 2, columns, plane, sums); break;
         case 3: units[row] = write_digits(mine, up, 3, columns, plane, sums); break;
@@ -261,8 +276,8 @@ int multiply(int kind, const float *x, int rows, int digits, long columns, long 
         default: units[row] = 0;
         }
     }
-    Product product = {kind, rows,    digits, columns, outputs, weight, scale,
-                       out,  ordered, planes, begin,   units,   0};
+    Product product = {kind,  type, rows, digits,  columns, outputs, weight,
+                       scale, bias, out,  ordered, planes,  begin,   units,  0};
     GOMP_parallel(some_products, &product, threads, 0);
     free(room);
     return 0;
@@ -278,12 +293,6 @@ typedef struct {
     char *out;
     long next;
 } Matrix;
-
-INLINE void put(void *out, const int to, long i, float value) {
-    if (to == FP32) ((float *)out)[i] = value;
-    if (to == BF16) ((uint16_t *)out)[i] = to_bf16(value);
-    if (to == FP16) ((uint16_t *)out)[i] = to_fp16(value);
-}
 
 INLINE void write_row(const uint8_t *restrict weight, float scale, void *restrict out,
                       const int kind, const int to, long columns) {

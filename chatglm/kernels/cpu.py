@@ -104,7 +104,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     number, pointer, flag = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
     library.multiply.argtypes = (
-        flag, pointer, flag, flag, number, number, pointer, pointer, pointer, flag
+        flag, flag, pointer, flag, flag, number, number, pointer, pointer, pointer, pointer, flag
     )  # fmt: skip
     library.dequantize.argtypes = (flag, flag, number, number, pointer, pointer, pointer, flag)
     return library
@@ -126,15 +126,16 @@ def multiply(
     weight: (N, K) in half precision, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16.
     Sums are fp32 at least, whatever x's dtype.
     """
+    assert scale is None or scale.dtype == torch.float16
     (rows, columns), outputs = x.shape, len(weight)
     kind = _KINDS[weight.dtype] if scale is None else 8 * weight.shape[1] // columns
-    whole, out = x.float().contiguous(), torch.empty(rows, outputs)
+    numbers = (x.float() if x.dtype == torch.float16 else x).contiguous()
+    added = None if bias is None else bias.to(numbers.dtype)
+    out = torch.empty(rows, outputs, dtype=numbers.dtype)
     _call(
-        "multiply", kind, whole, rows, _DIGITS[x.dtype], columns, outputs, weight, scale, out,
-        torch.get_num_threads(),
+        "multiply", kind, _KINDS[numbers.dtype], numbers, rows, _DIGITS[x.dtype], columns, outputs,
+        weight, scale, added, out, torch.get_num_threads(),
     )  # fmt: skip
-    if bias is not None:
-        out += bias
     return out.to(x.dtype)
 
 
