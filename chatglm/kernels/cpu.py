@@ -24,10 +24,9 @@ from .compiler import CACHE, SOURCES, KernelError
 
 logger = logging.getLogger("chatglm")
 
-MOST_ROWS = 4
-"""Of x: above, dequantising once for all rows costs less than reading them anew for each weight."""
+MOST_ROWS = {torch.int8: 16, torch.bfloat16: 4, torch.float16: 4}
+"""Of x, by weight: with more, one dequantising or torch's own product costs less."""
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-trapping-math", "-fno-math-errno")
-_HALVES = (torch.float16, torch.bfloat16)
 _DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 """Of x where the CPU multiplies bytes; each is a pass over the weights, but not over the memory."""
 _KINDS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
@@ -100,7 +99,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = _load()
     except KernelError as error:
-        logger.warning("int8 and int4 weights run slowly on this CPU: %s", error)
+        logger.warning("decoding on this CPU at the slower pace of torch: %s", error)
         return None
     number, pointer, flag = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
     library.multiply.argtypes = (
@@ -114,14 +113,14 @@ def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiply` takes x (B, K) and the weight: few rows, on a CPU, without gradient."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    known = weight.dtype in (torch.int8, *_HALVES) and weight.is_contiguous()
-    return known and 0 < len(x) <= MOST_ROWS and _library() is not None
+    few = 0 < len(x) <= MOST_ROWS.get(weight.dtype, 0)
+    return few and x.dtype in _KINDS and weight.is_contiguous() and _library() is not None
 
 
 def multiply(
     x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """x (B, K) times the weight's transpose, (B, N) in x's dtype, for B up to MOST_ROWS.
+    """x (B, K) times the weight's transpose, (B, N) in x's dtype, for as many rows as MOST_ROWS says.
 
     weight: (N, K) in half precision, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16.
     Sums are fp32 at least, whatever x's dtype.
@@ -144,10 +143,11 @@ def apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
     Whatever stands around it (an adapter, a hook) is obeyed.
     """
-    plain = type(linear) is nn.Linear and "forward" not in vars(linear)
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
     rows = x.flatten(0, -2)
-    if not plain or hooked or not supports(rows, linear.weight):
+    if x.dtype != linear.weight.dtype or not supports(rows, linear.weight):
+        return linear(x)
+    changed = type(linear) is not nn.Linear or "forward" in vars(linear)
+    if changed or linear._forward_hooks or linear._forward_pre_hooks:
         return linear(x)
     return multiply(rows, linear.weight, bias=linear.bias).view(*x.shape[:-1], -1)
 

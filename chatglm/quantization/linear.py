@@ -82,7 +82,7 @@ def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits:
     """The same without gradient: few rows by a kernel, many with a part of the weight at a time."""
     if cpu.supports(x, weight):
         return cpu.multiply(x, weight, scale=scale, bias=bias)
-    if bits == 8 and len(x) <= cpu.MOST_ROWS:
+    if bits == 8 and len(x) <= cpu.MOST_ROWS[weight.dtype]:
         product = torch._weight_int8pack_mm(x.float(), weight, scale.float())
         return product.add_(bias).to(x.dtype)
     out = x.new_empty(len(x), len(weight))
