@@ -120,7 +120,7 @@ def supports(x: Tensor, weight: Tensor) -> bool:
 def multiply(
     x: Tensor, weight: Tensor, *, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """x (B, K) times the weight's transpose, (B, N) in x's dtype, for as many rows as MOST_ROWS says.
+    """x (B, K) times the weight's transpose, (B, N) in x's dtype, for few rows: see MOST_ROWS.
 
     weight: (N, K) in half precision, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16.
     Sums are fp32 at least, whatever x's dtype.
