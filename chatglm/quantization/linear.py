@@ -79,15 +79,19 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
-    """The same without gradient: few rows by a kernel, many with a part of the weight at a time."""
+    """x (N, in) times the dequantised weight, (N, out), on a CPU and without gradient.
+
+    Few rows of x meet the weights as they are stored, many a part of them dequantised at a time.
+    """
     if cpu.supports(x, weight):
         return cpu.multiply(x, weight, scale=scale, bias=bias)
     if bits == 8 and len(x) <= cpu.MOST_ROWS[weight.dtype]:
         product = torch._weight_int8pack_mm(x.float(), weight, scale.float())
         return product.add_(bias).to(x.dtype)
     out = x.new_empty(len(x), len(weight))
-    for part in torch.arange(len(weight)).split(max(1, PART // x.shape[1])):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
+    step = max(1, PART // x.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
         matrix = dequantize_rows(weight[rows], scale[rows], bits, x.dtype)
         out[:, rows] = F.linear(x, matrix, bias[rows].to(x.dtype))
     return out
