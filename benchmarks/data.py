@@ -34,6 +34,7 @@ from chatglm.pieces import mark_whitespace  # noqa: E402
 from chatglm.prompts import build_prompt  # noqa: E402
 from chatglm.records import RecordFolder  # noqa: E402
 from chatglm.shards import RECORDS_TOGETHER, BuildPlan, InputFile, cut_blocks  # noqa: E402
+from chatglm.sources import parse_json  # noqa: E402
 from chatglm.strategies import CutRules, SpecialTokens  # noqa: E402
 from chatglm.tokenizer import ChatGLMTokenizer  # noqa: E402
 
@@ -83,7 +84,7 @@ def encode_bare(vocab_file: str, path: str, part: int, parts: int) -> float:
     """Seconds of SentencePiece alone over every `parts`-th block; the texts are made before."""
     model, seconds = ChatGLMTokenizer(vocab_file).sp_model, 0.0
     for block in itertools.islice(cut_blocks([InputFile(path, "paragraph")]), part, None, parts):
-        paragraphs = [parse_record(content, "paragraph") for _, _, content in block.records()]
+        paragraphs = [parse_record(parse_json(raw), "paragraph") for _, raw in block.records()]
         for first in range(0, len(paragraphs), RECORDS_TOGETHER):
             chunk = paragraphs[first : first + RECORDS_TOGETHER]
             texts = [mark_whitespace(text) for rounds in chunk for i, (q, a) in enumerate(rounds)

@@ -22,10 +22,11 @@ sys.path.insert(0, ROOT)
 from chatglm import decoding  # noqa: E402
 from chatglm.configuration import ChatGLMConfig  # noqa: E402
 from chatglm.decoding import generate_tokens  # noqa: E402
+from chatglm.drafts import DraftedStep  # noqa: E402
 from chatglm.model import ChatGLMForConditionalGeneration  # noqa: E402
 from chatglm.prompts import settled_part  # noqa: E402
 from chatglm.sampling import Sampling  # noqa: E402
-from chatglm.steps import forget_steps  # noqa: E402
+from chatglm.steps import forget_steps, get_step  # noqa: E402
 from chatglm.tokenizer import train_tokenizer  # noqa: E402
 
 GIB = 2**30
@@ -64,13 +65,15 @@ def prompts(model, rows: int, length: int) -> torch.Tensor:
     return ids
 
 
-def rate(model, rows: int, length: int, new: int, sampling: Sampling, tokenizer=None) -> float:
+def rate(
+    model, rows: int, length: int, new: int, sampling: Sampling, tokenizer=None, **options
+) -> float:
     """Tokens/s of all rows after the first token; the second of two answers counts."""
     seconds = 0.0
     for _ in range(2):
         ids, answer = prompts(model, rows, length), []
         for number, tokens in enumerate(generate_tokens(
-            model, ids, max_new_tokens=new, sampling=sampling, eos_token_ids=[-1]
+            model, ids, max_new_tokens=new, sampling=sampling, eos_token_ids=[-1], **options
         )):  # fmt: skip
             if number == 0:
                 start = time.perf_counter()
@@ -125,12 +128,46 @@ def memory_rates() -> tuple[float, float]:
     return copied, source.nbytes / timed(lambda: source.sum()) / 1e12
 
 
-def peak_memory(model) -> float:
+@torch.inference_mode()
+def drafted_pass(model, drafted: int) -> float:
+    """Milliseconds of a pass over the last token and so many drafts, after a prompt of 512."""
+    step = get_step(model, rows=1 + drafted, room=1024, kind=DraftedStep)
+    step.read(prompts(model, 1, 512)).start()
+    tokens = list(range(1000, 1001 + drafted))
+    step.check(tokens)
+    start = time.perf_counter()
+    for _ in range(40):
+        step.check(tokens)
+        step.keep(1)
+    return 1e3 * (time.perf_counter() - start) / 40
+
+
+@torch.inference_mode()
+def cache_error(model) -> float:
+    """Of the scores after 512 + 32 tokens over a cache of int8, relative to one of 16 bits."""
+    ids, scores = prompts(model, 1, 512), []
+    forced = torch.randint(1000, 100_000, (32,)).tolist()
+    for bits in (16, 8):
+        step = get_step(model, rows=1, room=1024, cache_bits=bits)
+        step.prefill(ids, None)
+        step.set_rules(GREEDY, seed=0, so_far=ids)
+        step.first_token()
+        for token in forced:
+            step.hidden.copy_(model.transformer.word_embeddings.weight[token])
+            step.next_token()
+        scores.append(step.scores.float().clone())
+    return float((scores[1] - scores[0]).norm() / scores[0].norm())
+
+
+def peak_memory(model, **options) -> float:
     """GiB at the most for an answer that fills all 2048 tokens."""
+    forget_steps()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ids = prompts(model, 1, 1536)
-    for _ in generate_tokens(model, ids, max_new_tokens=512, sampling=SAMPLED, eos_token_ids=[-1]):
+    for _ in generate_tokens(
+        model, ids, max_new_tokens=512, sampling=SAMPLED, eos_token_ids=[-1], **options
+    ):
         pass
     return torch.cuda.max_memory_allocated() / GIB
 
@@ -141,9 +178,9 @@ def measure(kind: str, tokenizer) -> None:
 
     def show(what: str, unit: str, value: float, plain: float | None = None) -> None:
         beside = "" if plain is None else f"{plain:,.1f}"
-        print(f"| {kind} | {what} | {value:,.1f} {unit} | {beside} |", flush=True)
+        print(f"| {kind} | {what} | {value:,.2f} {unit} | {beside} |", flush=True)
 
-    peak = peak_memory(model)
+    peak, peak_of_int8 = peak_memory(model), peak_memory(model, kv_cache_bits=8)
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
         fast = rate(model, 1, 512, 256, sampling, tokenizer)
         plain = plainly(lambda sampling=sampling: rate(model, 1, 512, 48, sampling, tokenizer))
@@ -154,6 +191,12 @@ def measure(kind: str, tokenizer) -> None:
     show("first token, prompt 1536", "ms", first_token(model, 1536),
          plainly(lambda: first_token(model, 1536)))  # fmt: skip
     show("peak memory, 2048 tokens", "GiB", peak)
+    show("the same, cache of int8", "GiB", peak_of_int8)
+    show("batch 32, sampled, cache of int8", "tok/s",
+         rate(model, 32, 512, 128, SAMPLED, kv_cache_bits=8))  # fmt: skip
+    show("error of scores by a cache of int8", "%", 100 * cache_error(model))
+    for drafted in (3, 7):
+        show(f"a pass of 1 + {drafted} drafted tokens", "ms", drafted_pass(model, drafted))
 
 
 def main() -> None:

@@ -5,10 +5,11 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
     0   words and rules, no torch    errors  settings  run_settings  command_line  files  pictures
                                      prompts  pieces  tokenizer  strategies  scores
     1   numbers                      configuration  rotary  positions  prefix  cache
-                                     quantization  loss
+                                     kernels  quantization  loss
     2   data, never a model          formats  sources  parts  corpus  records  shards
                                      workers  ray_workers  builder  showing  batches
-    2'  text out of any model        sampling  decoding  chat  terminal
+    2'  text out of any model        sampling  supported  step_cache  prefill  steps  drafts
+                                     decoding  chat  terminal
     3   the model and its weights    model  weights
     4   changes to a model           tuning
     5   from and to a run's folders  sharding  checkpoints  building

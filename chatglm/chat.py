@@ -66,12 +66,15 @@ class ChatMixin:
         max_new_tokens: int | None = None,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        prompt_lookup_tokens: int = 0,
+        kv_cache_bits: int = 16,
     ) -> tuple[str, History]:
         """The answer, and the history with this round appended.
 
         max_length counts prompt and answer together, max_new_tokens the answer alone; the
         tighter one holds. An answer cut by them, and rounds dropped from a history that is too
-        long, are logged as warnings by the logger 'chatglm'.
+        long, are logged as warnings by the logger 'chatglm'. prompt_lookup_tokens and
+        kv_cache_bits: see decoding.generate_tokens.
 
         Raises:
             ToolkitError: if the query alone does not fit, or a setting is out of range.
@@ -81,13 +84,18 @@ class ChatMixin:
                 tokenizer, query, history, max_length, do_sample, top_p, temperature,
                 logits_processor, top_k=top_k, repetition_penalty=repetition_penalty,
                 max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, seed=seed,
+                prompt_lookup_tokens=prompt_lookup_tokens, kv_cache_bits=kv_cache_bits,
             )  # fmt: skip
             return deque(answers, maxlen=1).pop()
         if num_beams < 1:
             raise ToolkitError(f"num_beams {num_beams}: allowed is 1 and above")
         Sampling(do_sample, top_p, temperature, top_k, repetition_penalty)  # refuses bad values
-        if seed is not None:
-            raise ToolkitError("seed has no effect on beams: set num_beams to 1 or drop seed")
+        for name, value, unset in (("seed", seed, None), ("kv_cache_bits", kv_cache_bits, 16),
+                                   ("prompt_lookup_tokens", prompt_lookup_tokens, 0)):  # fmt: skip
+            if value != unset:
+                raise ToolkitError(
+                    f"{name} has no effect on beams: set num_beams to 1 or drop {name}"
+                )
         rounds = list(history or [])
         ids, limit = self._start(tokenizer, query, rounds, max_length, max_new_tokens)
         output = self.generate(
@@ -123,6 +131,8 @@ class ChatMixin:
         max_new_tokens: int | None = None,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        prompt_lookup_tokens: int = 0,
+        kv_cache_bits: int = 16,
     ) -> Iterator[tuple[str, History]]:
         """Yield (answer so far, history) as the answer grows; arguments and errors as in `chat`.
 
@@ -146,6 +156,8 @@ class ChatMixin:
             eos_token_ids=ends,
             logits_processor=logits_processor,
             generator=generator,
+            prompt_lookup_tokens=prompt_lookup_tokens,
+            kv_cache_bits=kv_cache_bits,
         ):
             answer_ids.append(int(token[0]))
             text = settled_part(tokenizer.decode(answer_ids))

@@ -5,7 +5,6 @@ the model's own forward pass, for whatever those can't do; on a GPU, the reason 
 """
 
 import logging
-import time
 from collections.abc import Iterator
 
 import torch
@@ -13,17 +12,18 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from .cache import KVCache
+from .drafts import MOST_DRAFTED, Checker, DraftedStep, checked_tokens
+from .errors import ToolkitError
 from .kernels.ops import MOST_TOP_K
 from .positions import find_context, token_index
-from .sampling import Sampling, choose_tokens
-from .steps import CapturedStep, get_step, reason_against
+from .sampling import Sampling, choose_tokens, guard_scores
+from .steps import get_step
+from .supported import reason_against
 
 logger = logging.getLogger("chatglm")
 
 STEPS_AHEAD = 4
 """Steps that the GPU may be told before their tokens have been looked at."""
-POLL_SECONDS = 5e-5
-SECONDS_BETWEEN_CHECKS = 1.0
 _said: set[str] = set()
 
 
@@ -37,22 +37,46 @@ def generate_tokens(
     attention_mask: Tensor | None = None,
     logits_processor: LogitsProcessorList | None = None,
     generator: torch.Generator | None = None,
+    prompt_lookup_tokens: int = 0,
+    kv_cache_bits: int = 16,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, (B,), until all rows have ended or the limit is reached.
 
     input_ids (B, T), padded on the left where attention_mask (B, T) is 0. A row that has ended
     goes on with the pad token. A row that never yields one of eos_token_ids was cut by the limit.
+    prompt_lookup_tokens: so many are drafted at a time, see drafts.py; one greedy row only.
+    kv_cache_bits: 16 (the model's precision) or 8, see step_cache.py; 8 in captured steps only.
+
+    Raises:
+        ToolkitError: if one of the last two can't be had with the other arguments, or here.
     """
+    if prompt_lookup_tokens:
+        _check_lookup(prompt_lookup_tokens, input_ids, sampling, logits_processor)
     reason = _reason_for_plain_steps(model, sampling, logits_processor)
-    if reason is None:
+    _check_cache_bits(kv_cache_bits, reason, prompt_lookup_tokens)
+    if reason is not None and model.device.type == "cuda" and reason not in _said:
+        _said.add(reason)
+        logger.warning("decoding at the slower, plain pace: %s", reason)
+    if prompt_lookup_tokens:
+        chosen = _looked_up_tokens(
+            model,
+            input_ids,
+            captured=reason is None,
+            most_drafted=prompt_lookup_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+    elif reason is None:
         seed = _seed_of(generator)
         chosen = _captured_tokens(
-            model, input_ids, attention_mask, sampling, seed=seed, max_new_tokens=max_new_tokens
+            model,
+            input_ids,
+            attention_mask,
+            sampling,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            cache_bits=kv_cache_bits,
         )
     else:
-        if model.device.type == "cuda" and reason not in _said:
-            _said.add(reason)
-            logger.warning("decoding at the slower, plain pace: %s", reason)
         chosen = _plain_tokens(
             model,
             input_ids,
@@ -70,6 +94,36 @@ def generate_tokens(
         finished |= torch.isin(shown, ends)
         if finished.all():
             return
+
+
+def _check_lookup(
+    number: int,
+    input_ids: Tensor,
+    sampling: Sampling,
+    logits_processor: LogitsProcessorList | None,
+) -> None:
+    if not 0 < number <= MOST_DRAFTED:
+        raise ToolkitError(f"prompt_lookup_tokens {number}: allowed is 0 (off) to {MOST_DRAFTED}")
+    reason = (
+        "do_sample: set it to false" if sampling.do_sample
+        else "a repetition_penalty: leave it at 1.0" if sampling.repetition_penalty != 1.0
+        else "a logits_processor" if logits_processor
+        else f"{len(input_ids)} rows: give one at a time" if len(input_ids) > 1
+        else None
+    )  # fmt: skip
+    if reason:
+        raise ToolkitError(f"prompt_lookup_tokens {number} can't be had with {reason}")
+
+
+def _check_cache_bits(bits: int, reason: str | None, prompt_lookup_tokens: int) -> None:
+    if bits not in (8, 16):
+        raise ToolkitError(f"kv_cache_bits {bits}: allowed are 16 and 8")
+    if bits == 8 and reason is not None:
+        raise ToolkitError(f"kv_cache_bits 8 can't be had here: {reason}; leave it at 16")
+    if bits == 8 and prompt_lookup_tokens:
+        raise ToolkitError(
+            "kv_cache_bits 8 can't be had with prompt_lookup_tokens: set one of them"
+        )
 
 
 def _reason_for_plain_steps(
@@ -98,6 +152,7 @@ def _captured_tokens(
     *,
     seed: int,
     max_new_tokens: int,
+    cache_bits: int,
 ) -> Iterator[Tensor]:
     """The tokens of each step, (B,) on the CPU; those of a row that has ended mean nothing.
 
@@ -105,7 +160,7 @@ def _captured_tokens(
     """
     prompts, mask = _padded_on_the_right(input_ids, attention_mask)
     room = prompts.shape[1] + max_new_tokens + (model.config.pre_seq_len or 0)
-    step = get_step(model, rows=len(prompts), room=room)
+    step = get_step(model, rows=len(prompts), room=room, cache_bits=cache_bits)
     step.prefill(prompts, mask)
     step.set_rules(sampling, seed=seed, so_far=prompts)
     step.first_token()
@@ -114,18 +169,7 @@ def _captured_tokens(
         while told < min(number + STEPS_AHEAD, max_new_tokens):
             step.next_token()
             told += 1
-        yield _wait_for_tokens(step, number)
-
-
-def _wait_for_tokens(step: CapturedStep, number: int) -> Tensor:
-    tokens = step.history[number]
-    checked = time.monotonic()
-    while (tokens == step.UNWRITTEN).any():
-        time.sleep(POLL_SECONDS)
-        if time.monotonic() - checked > SECONDS_BETWEEN_CHECKS:
-            torch.cuda.current_stream().query()  # raises what went wrong on the GPU
-            checked = time.monotonic()
-    return tokens.long()
+        yield step.wait_for(number)
 
 
 def _padded_on_the_right(
@@ -138,7 +182,68 @@ def _padded_on_the_right(
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
-@torch.inference_mode()
+class PlainSteps:
+    """The model's own forward pass, over a cache with room for `max_new_tokens` more."""
+
+    def __init__(
+        self, model, input_ids: Tensor, attention_mask: Tensor | None, *, max_new_tokens: int
+    ):
+        self.model, self.mask = model, attention_mask
+        config = model.config
+        self.context_lengths, self.mask_positions = find_context(
+            input_ids,
+            attention_mask,
+            bos_token_id=config.bos_token_id,
+            gmask_token_id=config.gmask_token_id,
+            mask_token_id=config.mask_token_id,
+        )
+        room = input_ids.shape[1] + max_new_tokens + (config.pre_seq_len or 0)
+        self.cache = KVCache(config.num_layers, capacity=room)
+        self.input_ids, self.index = input_ids, token_index(input_ids, attention_mask)
+        self._checked = 0
+
+    @torch.inference_mode()
+    def scores(self, tokens: Tensor, *, last_only: bool = True) -> Tensor:
+        """Those after the last of tokens (B, T), (B, V), or after each, (B, T, V)."""
+        logits = self.model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            position_ids=self.index,
+            context_lengths=self.context_lengths,
+            mask_positions=self.mask_positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=int(last_only),
+        ).logits
+        return logits[:, -1] if last_only else logits
+
+    def advance(self, number: int) -> None:
+        """The next tokens are so many further on; each row gets one more if there is a mask."""
+        self.index = self.index[:, -1:] + number
+        if self.mask is not None:
+            self.mask = torch.cat((self.mask, self.mask.new_ones(len(self.mask), 1)), dim=1)
+
+    def start(self) -> int:
+        """See drafts.Checker; one row without pads."""
+        likeliest = guard_scores(self.scores(self.input_ids)).argmax(dim=-1)
+        self.advance(1)
+        return int(likeliest)
+
+    def check(self, tokens: list[int]) -> list[int]:
+        """See drafts.Checker."""
+        self._checked, first = len(tokens), self.index[:, :1]
+        self.index = first + torch.arange(len(tokens), device=first.device)
+        given = torch.tensor([tokens], device=self.input_ids.device)
+        scores = guard_scores(self.scores(given, last_only=False)[0])
+        self.index = first
+        return scores.argmax(dim=-1).tolist()
+
+    def keep(self, number: int) -> None:
+        """See drafts.Checker."""
+        self.cache.crop(number - self._checked)
+        self.advance(number)
+
+
 def _plain_tokens(
     model,
     input_ids: Tensor,
@@ -150,34 +255,32 @@ def _plain_tokens(
     max_new_tokens: int,
 ) -> Iterator[Tensor]:
     """The same through the model's forward pass."""
-    config = model.config
-    context_lengths, mask_positions = find_context(
-        input_ids,
-        attention_mask,
-        bos_token_id=config.bos_token_id,
-        gmask_token_id=config.gmask_token_id,
-        mask_token_id=config.mask_token_id,
-    )
-    batch_size, prompt_length = input_ids.shape
-    room = prompt_length + max_new_tokens + (config.pre_seq_len or 0)
-    cache = KVCache(config.num_layers, capacity=room)
+    steps = PlainSteps(model, input_ids, attention_mask, max_new_tokens=max_new_tokens)
     processors = LogitsProcessorList([*(logits_processor or []), *sampling.processors()])
-    index, tokens, mask = token_index(input_ids, attention_mask), input_ids, attention_mask
-    so_far = input_ids
+    tokens, so_far = input_ids, input_ids
     for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=index,
-            context_lengths=context_lengths,
-            mask_positions=mask_positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        chosen = choose_tokens(logits, so_far, sampling, processors, generator=generator)
+        chosen = choose_tokens(
+            steps.scores(tokens), so_far, sampling, processors, generator=generator
+        )
         yield chosen.cpu()
-        tokens, index = chosen[:, None], index[:, -1:] + 1
+        steps.advance(1)
+        tokens = chosen[:, None]
         so_far = torch.cat((so_far, tokens), dim=1)
-        if mask is not None:
-            mask = torch.cat((mask, mask.new_ones(batch_size, 1)), dim=1)
+
+
+def _looked_up_tokens(
+    model, input_ids: Tensor, *, captured: bool, most_drafted: int, max_new_tokens: int
+) -> Iterator[Tensor]:
+    """Greedy tokens (1,), several from one pass where the answer repeats what was said."""
+    checker: Checker = PlainSteps(
+        model, input_ids, None, max_new_tokens=max_new_tokens + most_drafted
+    )
+    if captured:
+        room = input_ids.shape[1] + max_new_tokens + (model.config.pre_seq_len or 0)
+        rows = 1 + most_drafted
+        checker = get_step(model, rows=rows, room=room, kind=DraftedStep).read(input_ids)
+    found = checked_tokens(
+        checker, input_ids[0].tolist(), most_drafted=most_drafted, max_new_tokens=max_new_tokens
+    )
+    for token in found:
+        yield torch.tensor([token])

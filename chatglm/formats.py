@@ -84,6 +84,9 @@ def _parse_round(content: Any) -> tuple[str, str]:
     if not isinstance(content, dict) or "q" not in content or "a" not in content:
         raise BadRecord('expected {"q": "question", "a": "answer"}')
     question, answer = content["q"], content["a"]
+    plain = type(question) is str and type(answer) is str
+    if plain and not (question.isspace() or answer.isspace()) and question and answer:
+        return question, answer  # most are so, and are spared the calls
     return _checked(_joined_lines(question), '"q"'), _checked(_joined_lines(answer), '"a"')
 
 

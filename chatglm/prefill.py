@@ -16,13 +16,14 @@ from torch.nn.attention import sdpa_kernel
 
 from .kernels import ops
 from .positions import ATTENTION_KERNELS, allowed_keys, position_rows, token_index
+from .step_cache import StepCache
 
 
 def read_prompts(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    cache: Tensor,
+    cache: StepCache,
     rotary: tuple[Tensor, Tensor],
     *,
     context_lengths: Tensor,
@@ -30,12 +31,13 @@ def read_prompts(
 ) -> Tensor:
     """The last tokens' hidden states (B, C), before the last norm.
 
-    input_ids (B, T), attention_mask (B, T) of prompts padded on the right, None without pads. cache
-    (layers, 2, B, H, capacity, D) is filled from its beginning, virtual tokens of a prefix first.
-    rotary: cosine and sine (positions, D / 2) in fp32. context_lengths, mask_positions (B,).
+    input_ids (B, T), attention_mask (B, T) of prompts padded on the right, None without pads. The
+    cache is filled from its beginning, virtual tokens of a prefix first. rotary: cosine and sine
+    (positions, D / 2) in fp32. context_lengths, mask_positions (B,).
     """
     transformer = model.transformer
-    virtual = _put_prefix(transformer, cache)
+    prefix = _prefix(transformer, len(input_ids), cache.dtype)
+    virtual = 0 if prefix is None else prefix.shape[-2]
     index = token_index(input_ids, attention_mask)
     positions = position_rows(index, context_lengths, mask_positions).to(torch.int32).contiguous()
     attend = _Attention(input_ids, attention_mask, context_lengths, virtual)
@@ -45,12 +47,15 @@ def read_prompts(
     for number, layer in enumerate(transformer.layers):
         normed = layer.input_layernorm(hidden)
         mixed = layer.attention.query_key_value(normed)
-        keys, values = cache[number]
+        keys, values = cache.room_for_prompt(number, virtual + input_ids.shape[1])
+        if prefix is not None:
+            keys[:, :, :virtual], values[:, :, :virtual] = prefix[number]
         query = ops.rotate(mixed, positions, keys, values, rotary, offset=virtual)
         if number == last:
             query, normed = _last_of(query.transpose(1, 2), lengths), _last_of(normed, lengths)
             query = query.transpose(1, 2)
         context = attend(query, keys, values)
+        cache.keep_prompt(number, keys, values)
         hidden = layer.attention.dense(context.transpose(1, 2).flatten(2))
         hidden = hidden.add_(normed, alpha=layer.alpha)
         normed = layer.post_attention_layernorm(hidden)
@@ -59,15 +64,11 @@ def read_prompts(
     return hidden[:, 0]
 
 
-def _put_prefix(transformer: Any, cache: Tensor) -> int:
-    """Keys and values of virtual tokens at the cache's beginning; how many there are."""
+def _prefix(transformer: Any, rows: int, dtype: torch.dtype) -> Tensor | None:
+    """Keys and values of virtual tokens, (layers, 2, B, H, P, D)."""
     if transformer.prefix_encoder is None:
-        return 0
-    rows = cache.shape[2]
-    both = transformer.prefix_encoder(rows, cache.dtype)  # (2 * layers, B, H, P, D)
-    virtual = both.shape[3]
-    cache[..., :virtual, :] = both.unflatten(0, (-1, 2))
-    return virtual
+        return None
+    return transformer.prefix_encoder(rows, dtype).unflatten(0, (-1, 2))
 
 
 def _last_of(x: Tensor, lengths: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ gives a thousand samples a second in random order, a mapped file some hundred th
 import bisect
 import itertools
 import mmap
+import operator
 import os
 import resource
 import struct
@@ -106,10 +107,13 @@ def file_crc(path: str) -> int:
     return crc
 
 
-def _masked_crc(data: bytes) -> int:
-    """The CRC-32C of a TFRecord, masked as in TensorFlow's core/lib/hash/crc32c.h."""
-    crc = google_crc32c.value(data)
+def _masked(crc: Any) -> Any:
+    """A CRC-32C, or a uint64 array of them, masked as in TensorFlow's core/lib/hash/crc32c.h."""
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _masked_crc(data: bytes) -> int:
+    return _masked(google_crc32c.value(data))
 
 
 @lru_cache(maxsize=65536)
@@ -130,14 +134,15 @@ class ShardWriter:
     def write(self, sample: Sample) -> None:
         """Append a sample."""
         cuts = sample.prompt_cut + 2 * sample.answer_cut
-        self.write_ids(sample.context_length, sample.input_ids.tobytes(), cuts)
+        self.write_ids([sample.context_length], [sample.input_ids.tobytes()], cuts)
 
-    def write_ids(self, context_length: int, ids: bytes, cuts: int = 0) -> None:
-        """Append a sample by the bytes of its int32 ids."""
-        self._offsets.append(self._target.write(_INT32.pack(context_length) + ids))
-        self._tokens.append(len(ids) // _IDS.itemsize)
-        self._contexts.append(context_length)
-        self._cuts.append(cuts)
+    def write_ids(self, context_lengths: list[int], ids: list[bytes], cuts: int = 0) -> None:
+        """Append samples, all cut alike, by the bytes of their int32 ids."""
+        packed = map(_INT32.pack, context_lengths)
+        self._offsets.extend(self._target.write(list(map(operator.add, packed, ids))))
+        self._tokens.extend(len(one) // _IDS.itemsize for one in ids)
+        self._contexts.extend(context_lengths)
+        self._cuts.extend([cuts] * len(ids))
 
     def index(self) -> np.ndarray:
         """The rows of the samples written so far, INDEX."""
@@ -157,11 +162,19 @@ class _RecordTarget:
     def __init__(self, path: str):
         self.file, self.offset = open(path, "wb", buffering=1 << 20), 0  # noqa: SIM115
 
-    def write(self, data: bytes) -> int:
-        offset = self.offset
-        self.file.write(_record_header(len(data)) + data + _UINT32.pack(_masked_crc(data)))
-        self.offset += HEADER + len(data) + FOOTER
-        return offset
+    def write(self, all_data: list[bytes]) -> list[int]:
+        """The records' offsets."""
+        crcs = np.fromiter(map(google_crc32c.value, all_data), np.uint64, len(all_data))
+        footers = _masked(crcs).astype("<u4").tobytes()
+        offsets: list[int] = []
+        records: list[bytes] = []
+        for number, data in enumerate(all_data):
+            footer = footers[number * FOOTER : (number + 1) * FOOTER]
+            records += (_record_header(len(data)), data, footer)
+            offsets.append(self.offset)
+            self.offset += HEADER + len(data) + FOOTER
+        self.file.write(b"".join(records))
+        return offsets
 
     def close(self) -> None:
         self.file.close()
@@ -176,16 +189,19 @@ class _LmdbTarget:
             path, subdir=False, map_size=1 << 40, lock=False, sync=False, meminit=True
         )
         self.transaction = self.environment.begin(write=True)
+        self.cursor = self.transaction.cursor()
 
-    def write(self, data: bytes) -> int:
-        number = self.number
-        crc = _UINT32.pack(google_crc32c.value(data))
+    def write(self, all_data: list[bytes]) -> list[int]:
+        """The entries' numbers."""
+        numbers = list(range(self.number, self.number + len(all_data)))
+        self.number += len(all_data)
+        entries = [(number.to_bytes(4, "big"), data + _UINT32.pack(google_crc32c.value(data)))
+                   for number, data in zip(numbers, all_data, strict=True)]  # fmt: skip
         try:
-            self.transaction.put(number.to_bytes(4, "big"), data + crc, append=True)
+            self.cursor.putmulti(entries, append=True)
         except lmdb.Error as error:
             raise OSError(str(error)) from error
-        self.number += 1
-        return number
+        return numbers
 
     def close(self) -> None:
         try:
@@ -209,7 +225,7 @@ class _RecordSource:
         if self.map[offset:start] != _record_header(length):
             return None
         data, (crc,) = self.map[start:stop], _UINT32.unpack_from(self.map, stop)
-        return data if crc == _masked_crc(data) else None
+        return data if crc == _masked(google_crc32c.value(data)) else None
 
 
 class _LmdbSource:
@@ -315,6 +331,8 @@ class RecordFolder:
                 f"{name}: sample {number} at {offset} is damaged; {BUILD.format(folder=self.path)}"
             )
         ids = np.frombuffer(data, _IDS, tokens, _INT32.size)
+        if not cuts:
+            return Sample(ids, context)
         return Sample(ids, context, bool(cuts & 1), bool(cuts & 2))
 
     def _open(self, shard: int) -> _RecordSource | _LmdbSource:

@@ -330,6 +330,11 @@ class ChatSettings:
     """Above 1 makes tokens already seen less likely."""
     generation_seed: int | None = None
     """Makes sampled answers repeatable."""
+    prompt_lookup_tokens: int = 0
+    """Draft up to so many tokens at a time where the answer repeats what was said; needs do_sample
+    false, and gives the same answer; 0: off."""
+    kv_cache_bits: Literal[8, 16] = 16
+    """Of keys and values on a GPU: 8 halves their memory, at a small error."""
     inference_precision: Literal["auto", "32", "bf16", "16"] = "auto"
     """Of the weights; auto: as stored on a GPU; on a CPU 32, over large int8 and int4 bf16."""
     device: str = "auto"

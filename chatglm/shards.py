@@ -33,6 +33,10 @@ SHOWN_CHARACTERS = 2000
 """Of a bad record, in the file of rejected ones."""
 
 
+_Record = tuple[int, Any]
+"""Its line, and the bytes of a JSON object, or a row of a parquet file."""
+
+
 @dataclass(frozen=True)
 class BuildPlan:
     """What turns the records of files into samples; the same in every process."""
@@ -66,13 +70,13 @@ class Block:
     source: InputFile
     part: Part
 
-    def records(self) -> Iterator[tuple[int, Any, Any]]:
-        """(line, as it stands in the file, content) of each record; content may be a BadRecord."""
-        for line, record in self.part.read(self.source.path):
-            try:
-                yield line, record, parse_json(record) if isinstance(record, bytes) else record
-            except BadRecord as bad:
-                yield line, record, bad
+    def records(self) -> Iterator[_Record]:
+        """Line and record, as it stands in the file."""
+        return self.part.read(self.source.path)
+
+
+def _content(record: Any) -> Any:
+    return parse_json(record) if isinstance(record, bytes) else record
 
 
 def cut_blocks(files: list[InputFile]) -> Iterator[Block]:
@@ -174,28 +178,39 @@ class ShardBuilder:
         rules, special = self.plan.rules, self.plan.special
         room = rules.room * ID_BYTES
         generator = np.random.default_rng((self.plan.seed, block.number))
-        accepted = self._accepted(block, counts, rejected)
-        while paragraphs := list(itertools.islice(accepted, RECORDS_TOGETHER)):
-            for _, prompt, answer in encode_rounds(paragraphs, self.pieces):
-                counts.rounds += 1
-                if len(prompt) + len(answer) <= room:  # most do, and are spared the arrays
-                    writer.write_ids(len(prompt) // ID_BYTES + 1, whole(prompt, answer, special))
+        records = block.records()
+        while some := list(itertools.islice(records, RECORDS_TOGETHER)):
+            paragraphs = self._accepted(block, some, counts, rejected)
+            encoded = encode_rounds(paragraphs, self.pieces)
+            for fits, run in itertools.groupby(encoded, lambda e: len(e[1]) + len(e[2]) <= room):
+                rounds = list(run)
+                counts.rounds += len(rounds)
+                if fits:  # most do, and are spared the arrays
+                    contexts = [len(prompt) // ID_BYTES + 1 for _, prompt, _ in rounds]
+                    writer.write_ids(contexts, [whole(p, a, special) for _, p, a in rounds])
                     continue
-                ids, learned = (np.frombuffer(part, dtype=np.int32) for part in (prompt, answer))
-                for sample in cut(ids, learned, special, rules, generator):
-                    writer.write(sample)
-                    counts.add_cuts(sample)
+                for _, *parts in rounds:
+                    ids, learned = (np.frombuffer(part, dtype=np.int32) for part in parts)
+                    for sample in cut(ids, learned, special, rules, generator):
+                        writer.write(sample)
+                        counts.add_cuts(sample)
 
-    def _accepted(self, block: Block, counts: Counts, rejected: _Rejected) -> Iterator[Rounds]:
-        for line, record, content in block.records():
-            try:
-                rounds = parse_record(content, block.source.form)
-            except BadRecord as bad:
-                counts.rejected += 1
-                rejected.add(block.source.path, line, str(bad), record)
-            else:
-                counts.records += 1
-                yield rounds
+    def _accepted(
+        self, block: Block, records: list[_Record], counts: Counts, rejected: _Rejected
+    ) -> list[Rounds]:
+        form = block.source.form
+        try:  # all are good, nearly always
+            paragraphs = [parse_record(_content(record), form) for _, record in records]
+        except BadRecord:
+            paragraphs = []
+            for line, record in records:
+                try:
+                    paragraphs.append(parse_record(_content(record), form))
+                except BadRecord as bad:
+                    counts.rejected += 1
+                    rejected.add(block.source.path, line, str(bad), record)
+        counts.records += len(paragraphs)
+        return paragraphs
 
 
 def finished_note(block: Block, folder: str) -> Note | None:

@@ -134,8 +134,13 @@ def open_file(path: str) -> io.BufferedReader:
 def read_lines(file: Iterable[bytes], *, first: int = 1) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers; `first` is the first one's."""
     for number, line in enumerate(file, start=first):
-        if line.removeprefix(codecs.BOM_UTF8).strip():
+        blank = line.isspace() or (line[:1] == codecs.BOM_UTF8[:1] and _is_bare_mark(line))
+        if not blank:
             yield number, line
+
+
+def _is_bare_mark(line: bytes) -> bool:
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 class _Window:

@@ -7,10 +7,11 @@
 
 Every number that changes from step to step stands on the GPU, so that a step is captured once and
 replayed. Rows are as long as they are: the cache of each is filled from its beginning, and no key
-of a pad is ever read. What the kernels of this package can't do for a model is said by
-`reason_against`, and the plain loop in decoding.py does it.
+of a pad is ever read. Models that this can't be done with (supported.py) have the plain loop in
+decoding.py.
 """
 
+import time
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import ops
+from .kernels import ops, products
 from .positions import find_context
 from .prefill import read_prompts
 from .quantization.linear import QuantizedLinear
 from .rotary import rotary_tables
 from .sampling import GUARD_TOKEN, Sampling
+from .step_cache import StepCache
+from .supported import adapters_of, linears_of, stored_linear
 
 ROOM_STEP = 512
 """Room of a cache comes in steps of so many tokens; a graph is captured for each."""
@@ -33,33 +36,10 @@ NORM_ROWS = 8
 """Rows up to which a layer norm is part of the product after it."""
 LIBRARY_ROWS = 8
 """Rows beyond which half-precision weights are multiplied by the library."""
+POLL_SECONDS = 5e-5
+SECONDS_BETWEEN_CHECKS = 1.0
 KEPT_BYTES = 2 << 30
 """Of caches that stay for the next answer, those used last; the newest stays in any case."""
-
-
-def reason_against(model: Any) -> str | None:
-    """Why the kernels can't decode with this model, or None if they can."""
-    if model.device.type != "cuda":
-        return "the model is not on a CUDA device"
-    layers = model.transformer.layers
-    linears = [module for module in layers.modules() if hasattr(module, "in_features")]
-    strange = next((m for m in linears if type(m) not in (nn.Linear, QuantizedLinear)), None)
-    if strange is not None:
-        return (
-            f"its linears are {type(strange).__module__.split('.')[0]}'s {type(strange).__name__}"
-        )
-    norm = layers[0].input_layernorm.weight
-    if norm.dtype not in (torch.float16, torch.bfloat16):
-        return f"its precision is {str(norm.dtype).removeprefix('torch.')}"
-    if model.config.head_width != 128:
-        return f"its heads are {model.config.head_width} wide"
-    head = model.lm_head.weight
-    if head.dtype != norm.dtype or not isinstance(model.transformer.word_embeddings, nn.Embedding):
-        return "its embeddings are packed"
-    for linear in [*linears, model.lm_head]:
-        if not ops.supports_linear(norm.new_empty(linear.in_features), linear.weight):
-            return "the shape of its weights, or the card, does not suit them"
-    return ops.reason_against_card(norm.device.index)
 
 
 @dataclass
@@ -80,23 +60,31 @@ class Counts:
 class CapturedStep:
     """Buffers and graph of a step for `rows` rows with `room` tokens each, prompts included.
 
-    `history` (room, rows) int32 is memory of the host that the GPU writes to: a step's tokens
-    appear there, and UNWRITTEN until then.
+    A row is a sequence, and one token of it is read in a step; `sequences`: fewer of them, where
+    several rows are tokens of one. `history` (room, rows) int32 is memory of the host that the GPU
+    writes to: a step's tokens appear there, and UNWRITTEN until then.
     """
 
     UNWRITTEN = -1
 
-    def __init__(self, model: Any, *, rows: int, room: int):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        rows: int,
+        room: int,
+        cache_bits: int = 16,
+        sequences: int | None = None,
+    ):
         config, device, dtype = model.config, model.device, model.transformer.dtype
         self.model, self.rows, self.room = model, rows, room
+        self.sequences = rows if sequences is None else sequences
         heads, width = config.num_attention_heads, config.hidden_size
-        shape = (config.num_layers, 2, rows, heads, room, config.head_width)
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.cache = StepCache(model, rows=self.sequences, room=room, bits=cache_bits)
         self.counts = Counts.zeros(rows, device)
         self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
-        self.rotary = rotary_tables(
-            config.max_sequence_length, config.head_width // 2, half=True, device=device
-        )
+        positions = config.max_sequence_length + rows  # drafts may go past the end
+        self.rotary = rotary_tables(positions, config.head_width // 2, half=True, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.history = torch.full((room, rows), self.UNWRITTEN, dtype=torch.int32).pin_memory()
         self.draw = ops.Draw(
@@ -111,7 +99,11 @@ class CapturedStep:
         self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
-        self._norms_within = rows <= NORM_ROWS and ops.supports_norm(rows, width, device)
+        order = [*map(stored_linear, linears_of(model.transformer.layers)), model.lm_head]
+        self._next_weights = {
+            one: after.weight for one, after in zip(order, [*order[1:], order[0]], strict=True)
+        }
+        self._norms_within = rows <= NORM_ROWS and products.supports_norm(rows, width, device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -143,7 +135,8 @@ class CapturedStep:
             context_lengths=context,
             mask_positions=mask_positions,
         )
-        self.scores.copy_(model.lm_head(model.transformer.final_layernorm(hidden)))
+        scores = model.lm_head(model.transformer.final_layernorm(hidden))
+        self.scores[: self.sequences].copy_(scores)
         virtual = config.pre_seq_len or 0
         self.counts.lengths.copy_(virtual + lengths - 1)  # the sampling of the first token adds 1
         self.counts.text_positions.copy_(mask_positions)
@@ -202,6 +195,32 @@ class CapturedStep:
             self.history,
         ]
 
+    def wait_for(self, number: int) -> Tensor:
+        """The tokens (rows,) in line `number` of the history, once they are there."""
+        tokens = self.history[number]
+        checked = time.monotonic()
+        while (tokens == self.UNWRITTEN).any():
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - checked > SECONDS_BETWEEN_CHECKS:
+                torch.cuda.current_stream().query()  # raises what went wrong on the GPU
+                checked = time.monotonic()
+        return tokens.long()
+
+    def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
+        """From mixed to context, over a layer's cache."""
+        ops.attention(
+            self.mixed,
+            keys,
+            values,
+            self.rotary,
+            lengths=self.counts.lengths,
+            text_positions=self.counts.text_positions,
+            first_blocks=self.counts.first_blocks,
+            workspace=self.workspace,
+            out=self.context,
+            scales=scales,
+        )
+
     def _step(self) -> None:
         layers = self.model.transformer.layers
         for index, layer in enumerate(layers):
@@ -209,18 +228,7 @@ class CapturedStep:
             self._product(
                 self.hidden, attention.query_key_value, self.mixed, norm=layer.input_layernorm
             )
-            keys, values = self.cache[index]
-            ops.attention(
-                self.mixed,
-                keys,
-                values,
-                self.rotary,
-                lengths=self.counts.lengths,
-                text_positions=self.counts.text_positions,
-                first_blocks=self.counts.first_blocks,
-                workspace=self.workspace,
-                out=self.context,
-            )
+            self._attend(*self.cache.layer(index))
             self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha)
             self._product(
                 self.hidden,
@@ -253,21 +261,23 @@ class CapturedStep:
         alpha: so many times the last normed vector is added.
         """
         scale = linear.weight_scale if isinstance(linear, QuantizedLinear) else None
-        if self.rows > (LIBRARY_ROWS if scale is None else ops.MOST_ROWS):
+        most_rows = LIBRARY_ROWS if scale is None else products.MOST_ROWS
+        if linear not in self._next_weights or self.rows > most_rows:  # or it has adapters
             self._library_product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
             return
         if norm is not None and not self._norms_within:
             x, norm = self._normalise(x, norm), None
-        ops.linear(
+        products.linear(
             x,
             linear.weight,
             scale=scale,
             bias=linear.bias,
-            norm=ops.Norm(norm.weight, norm.bias, norm.eps) if norm is not None else None,
+            norm=products.Norm(norm.weight, norm.bias, norm.eps) if norm is not None else None,
             normed=self.normed if norm is not None else None,
             gelu=gelu,
             residual=self.normed if alpha is not None else None,
             alpha=alpha or 1.0,
+            next_weight=self._next_weights[linear],
             out=out,
         )
 
@@ -303,21 +313,29 @@ _STEPS: weakref.WeakKeyDictionary[Any, OrderedDict] = weakref.WeakKeyDictionary(
 """Captured steps of each model, the one used last at the end."""
 
 
-def get_step(model: Any, *, rows: int, room: int) -> CapturedStep:
+def get_step(
+    model: Any,
+    *,
+    rows: int,
+    room: int,
+    cache_bits: int = 16,
+    kind: type[CapturedStep] = CapturedStep,
+) -> Any:
     """The step for so many rows and at least so much room, kept from answer to answer.
 
-    Replaced when a weight of the model stands elsewhere than when it was captured.
+    Replaced when a weight of the model stands elsewhere than when it was captured, or another
+    adapter is in use.
     """
     room = min(-(-room // ROOM_STEP) * ROOM_STEP, _longest_room(model))
     kept = _STEPS.setdefault(model, OrderedDict())
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
-    key = (rows, room, weights)
-    for old in [old for old in kept if old[2] != weights]:
+    state = (tuple(weight.data_ptr() for weight in model.parameters()), adapters_of(model))
+    key = (kind, rows, room, cache_bits, state)
+    for old in [old for old in kept if old[-1] != state]:
         del kept[old]
     if key not in kept:
         while kept and sum(step.nbytes for step in kept.values()) > KEPT_BYTES:
             kept.popitem(last=False)
-        kept[key] = CapturedStep(model, rows=rows, room=room)
+        kept[key] = kind(model, rows=rows, room=room, cache_bits=cache_bits)
     kept.move_to_end(key)
     return kept[key]
 
@@ -329,8 +347,7 @@ def forget_steps() -> None:
 
 def _longest_room(model: Any) -> int:
     config = model.config
-    longest = config.max_sequence_length + (config.pre_seq_len or 0)
-    return -(-longest // 64) * 64
+    return -(-(config.max_sequence_length + (config.pre_seq_len or 0)) // 64) * 64
 
 
 def _bits(token_ids: Tensor, words: int) -> Tensor:

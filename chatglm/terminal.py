@@ -81,6 +81,8 @@ def _answer(model, tokenizer, chat: ChatSettings, question: str, history):
         repetition_penalty=chat.repetition_penalty,
         max_new_tokens=chat.max_new_tokens,
         seed=chat.generation_seed,
+        prompt_lookup_tokens=chat.prompt_lookup_tokens,
+        kv_cache_bits=chat.kv_cache_bits,
     )
     shown, rounds = "", history
     print("答：", end="", flush=True)

@@ -1,8 +1,15 @@
 """The decoding loop against the released tokens and transformers' generate."""
 
+import re
+
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chatglm.decoding import generate_tokens
+from chatglm.drafts import checked_tokens
+from chatglm.errors import ToolkitError
 from chatglm.sampling import Sampling
 
 GREEDY = Sampling(do_sample=False)
@@ -51,3 +58,65 @@ def test_equal_seeds_draw_equal_tokens(released, golden):
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+
+
+class Echo:
+    """A checker that repeats the prompt over and over, and counts its passes."""
+
+    def __init__(self, prompt):
+        self.prompt, self.length, self.passes = prompt, 0, 0
+
+    def _after(self, position):
+        return self.prompt[position % len(self.prompt)]
+
+    def start(self):
+        return self._after(0)
+
+    def check(self, tokens):
+        self.passes += 1
+        assert tokens[0] == self._after(self.length)
+        return [self._after(self.length + n + 1) if t == self._after(self.length + n) else 7
+                for n, t in enumerate(tokens)]  # fmt: skip
+
+    def keep(self, number):
+        self.length += number
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 60))
+def test_whatever_is_drafted_the_tokens_are_the_likeliest_ones(prompt, most_drafted, wanted):
+    echo = Echo(prompt)
+    found = list(checked_tokens(echo, prompt, most_drafted=most_drafted, max_new_tokens=wanted))
+    assert found == [prompt[n % len(prompt)] for n in range(wanted)]
+
+
+def test_a_repetition_takes_few_passes():
+    echo = Echo(list(range(50)))
+    assert len(list(checked_tokens(echo, list(range(50)), most_drafted=7, max_new_tokens=50))) == 50
+    assert echo.passes < 12
+
+
+@pytest.mark.parametrize("most_drafted", [1, 3, 7])
+def test_prompt_lookup_gives_the_released_tokens_in_fewer_passes(released, golden, most_drafted):
+    ids = golden["greedy.input_ids"]
+    passes = []
+    handle = released.register_forward_hook(lambda *_: passes.append(1))
+    output = decode(released, ids, prompt_lookup_tokens=most_drafted)
+    handle.remove()
+    assert torch.equal(output, golden["greedy.output_ids"])
+    assert len(passes) <= output.shape[1] - ids.shape[1]
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"sampling": Sampling()}, "do_sample"),
+    ({"sampling": Sampling(do_sample=False, repetition_penalty=1.1)}, "repetition_penalty"),
+    ({"prompt_lookup_tokens": 16}, "0 (off) to 15"),
+    ({"prompt_lookup_tokens": -1}, "0 (off) to 15"),
+])  # fmt: skip
+def test_prompt_lookup_is_refused_with_what_it_cannot_have(released, golden, options, named):
+    with pytest.raises(ToolkitError, match=re.escape(named)):
+        decode(released, golden["greedy.input_ids"], **{"prompt_lookup_tokens": 4, **options})
+
+
+def test_prompt_lookup_takes_one_row_at_a_time(released, golden):
+    with pytest.raises(ToolkitError, match="rows: give one at a time"):
+        decode(released, golden["greedy_batch.input_ids"], prompt_lookup_tokens=4)

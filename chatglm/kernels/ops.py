@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. B rows, K in, N out, H heads, D head width.
+"""The other kernels as functions of tensors. B rows, K in, N out, H heads, D head width.
 
 Everything is fp16 or bf16 on one GPU. What a kernel can't do is said by the `supports_` functions,
 before it is asked for.
@@ -6,49 +6,15 @@ before it is asked for.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compiler import Kernel, KernelError, get_kernel
 
-THREADS, ROWS_PER_TILE, BLOCKS_PER_SM = 256, 16, 2
-MOST_ROWS = 32
-MOST_STAGED_BYTES = 100 << 10
-"""So that two blocks fit a processor; more of x is read where it stands."""
-STREAM, STAGES = True, 4
-_STREAM_THREADS, _CHUNK_BYTES, _STAGE_BYTES = 17 * 32, 1024, 16 * (1024 + 64)
-_STATIC_BYTES = 33 << 10  # of shared memory, what the kernels hold beside x, at the most
-_BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by the 8 warps of a block
+THREADS = 256
 MOST_TOP_K = 1024
 _HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A layer norm before a product: weight and bias (K,), and epsilon."""
-
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
-
-
-def bits_of(weight: Tensor, in_features: int) -> int:
-    """16, 8 or 4, of a weight (N, K) of half precision or int8, or (N, K / 2) of packed int4."""
-    return 16 if weight.is_floating_point() else 8 * weight.shape[1] // in_features
-
-
-def supports_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes x (.., K) and the weight: a GPU from sm_75 on, a shape that fits."""
-    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    in_features, (out_features, stored) = x.shape[-1], weight.shape
-    capability = torch.cuda.get_device_capability(x.device)
-    enough = capability >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 5))
-    row_bytes = stored * weight.element_size()
-    fits = row_bytes % _BYTES_PER_STEP == 0 and out_features % ROWS_PER_TILE == 0
-    return enough and fits and weight.is_contiguous() and in_features % 2048 == 0
 
 
 @functools.cache
@@ -59,105 +25,6 @@ def reason_against_card(device: int) -> str | None:
     except KernelError as error:
         return str(error)
     return None
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm: Norm | None = None,
-    normed: Tensor | None = None,
-    gelu: bool = False,
-    residual: Tensor | None = None,
-    alpha: float = 1.0,
-    out: Tensor | None = None,
-) -> Tensor:
-    """x (B, K) times the weight's transpose, (B, N), for B up to MOST_ROWS.
-
-    weight: (N, K) in x's dtype, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16. norm:
-    x goes through it first, and is written to normed (B, K) so. gelu: the tanh kind, after the
-    bias. residual (B, N): alpha times it is added at the end. Sums are fp32 throughout.
-    """
-    (rows, in_features), out_features = x.shape, weight.shape[0]
-    asked = {"NORM": norm, "BIAS": bias, "GELU": gelu or None, "RESIDUAL": residual}
-    defines = [
-        f"BITS={bits_of(weight, in_features)}",
-        f"IN_FEATURES={in_features}",
-        f"TILES={1 if rows <= 8 else 2 if rows <= 16 else 4}",
-        *(name for name, value in asked.items() if value is not None),
-        *(["BF16"] if x.dtype == torch.bfloat16 else []),
-    ]
-    row_bytes = weight.shape[1] * weight.element_size()
-    choose = _streamed if _can_stream(rows, in_features, row_bytes, x.device) else _in_registers
-    kernel, blocks, threads = choose(defines, rows, in_features, row_bytes, norm, x.device)
-    out = x.new_empty(rows, out_features) if out is None else out
-    epsilon = norm.epsilon if norm else 0.0
-    norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
-    kernel.launch(
-        (min(out_features // ROWS_PER_TILE, blocks), 1, 1),
-        threads,
-        [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, rows,
-         out_features, epsilon, float(alpha)],
-    )  # fmt: skip
-    return out
-
-
-def _can_stream(rows: int, in_features: int, row_bytes: int, device: torch.device) -> bool:
-    room = shared_memory(device) - STAGES * _STAGE_BYTES - _STATIC_BYTES
-    fits = staged_bytes(rows, in_features) <= min(room, MOST_STAGED_BYTES)
-    # An eight of x for each thread, and whole stages.
-    whole = in_features % (8 * 16 * 32) == 0 and row_bytes % _CHUNK_BYTES == 0
-    return (
-        STREAM
-        and rows <= 8
-        and fits
-        and whole
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
-
-
-def _streamed(defines, rows, in_features, row_bytes, norm, device) -> tuple[Kernel, int, int]:
-    """stream.cu; blocks to start, and threads in each."""
-    shared_bytes = STAGES * _STAGE_BYTES + staged_bytes(rows, in_features)
-    defines = ("STAGED", f"STAGES={STAGES}", *defines)
-    kernel = get_kernel("stream", device.index, defines, shared_bytes)
-    return kernel, num_processors(device.index), _STREAM_THREADS
-
-
-def _in_registers(defines, rows, in_features, row_bytes, norm, device) -> tuple[Kernel, int, int]:
-    """linear.cu, likewise."""
-    steps = row_bytes // _BYTES_PER_STEP
-    shared_bytes = staged_bytes(rows, in_features)
-    room = min(shared_memory(device) - _STATIC_BYTES, MOST_STAGED_BYTES)
-    staged = norm is not None or shared_bytes <= room
-    defines = (f"UNROLL={next(n for n in (4, 2, 1) if steps % n == 0)}", *defines)
-    defines += ("STAGED",) if staged else ()
-    kernel = get_kernel("linear", device.index, defines, shared_bytes if staged else 0)
-    return kernel, BLOCKS_PER_SM * num_processors(device.index), THREADS
-
-
-def staged_bytes(rows: int, in_features: int) -> int:
-    """Shared memory that rows of x take; in steps, so that few kernels are made."""
-    steps = rows if rows <= 2 else 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 32
-    return steps * (in_features + 32) * 2
-
-
-def supports_norm(rows: int, in_features: int, device: torch.device) -> bool:
-    """Whether so many rows of x have room in shared memory, which `linear` needs for a norm."""
-    return staged_bytes(rows, in_features) <= shared_memory(device) - _STATIC_BYTES
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have at the most."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin
-
-
-def num_processors(device: int) -> int:
-    """Streaming multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class AttentionWorkspace:
@@ -181,23 +48,54 @@ def attention(
     first_blocks: Tensor,
     workspace: AttentionWorkspace,
     out: Tensor,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """One new token a row over its cache: (B, 3 H D), query, key and value per head, to (B, H D).
 
     keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
     sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
-    lengths - first_blocks (B,).
+    lengths - first_blocks (B,). scales (2, B, H, capacity) fp32: keys and values are int8, and to
+    be multiplied with these.
     """
     rows, heads, capacity, width = keys.shape
-    defines = [f"MOST_KEYS={workspace.most_keys}"]
-    if mixed.dtype == torch.bfloat16:
-        defines.append("BF16")
-    kernel = get_kernel("attention", mixed.device.index, tuple(defines))
+    flags = {"BF16": mixed.dtype == torch.bfloat16, "CACHE8": scales is not None}
+    kernel = _attention_kernel(mixed.device.index, workspace, flags)
     kernel.launch(
         (workspace.splits, heads, rows),
         _ATTENTION_THREADS,
-        [mixed, keys, values, *rotary, lengths, text_positions, first_blocks, workspace.parts,
-         workspace.counters, out, heads, capacity, width**-0.5],
+        [mixed, keys, values, scales, *rotary, lengths, text_positions, first_blocks,
+         workspace.parts, workspace.counters, out, rows, heads, capacity, width**-0.5],
+    )  # fmt: skip
+    return out
+
+
+def _attention_kernel(device: int, workspace: AttentionWorkspace, flags: dict[str, bool]) -> Kernel:
+    named = (name for name, is_set in flags.items() if is_set)
+    return get_kernel("attention", device, (f"MOST_KEYS={workspace.most_keys}", *named))
+
+
+def attention_of_drafts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor,
+    workspace: AttentionWorkspace,
+    out: Tensor,
+) -> Tensor:
+    """T tokens of one sequence that follow each other: turned query (1, H, T, D) to (T, H D).
+
+    keys, values (1, H, capacity, D): those of the tokens stand from lengths (1,) int32 on, and each
+    token sees all up to its own. workspace: of T rows.
+    """
+    _, heads, capacity, width = keys.shape
+    flags = {"BF16": query.dtype == torch.bfloat16, "DRAFTS": True}
+    kernel = _attention_kernel(query.device.index, workspace, flags)
+    kernel.launch(
+        (workspace.splits, heads, query.shape[2]),
+        _ATTENTION_THREADS,
+        [query, keys, values, None, None, None, lengths, None, None, workspace.parts,
+         workspace.counters, out, 1, heads, capacity, width**-0.5],
     )  # fmt: skip
     return out
 
@@ -256,7 +154,7 @@ def supports_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> bo
     return (
         enough
         and weight.is_contiguous()
-        and weight.shape[1] % 16 == 0
+        and weight.shape[1] % 8 == 0
         and reason_against_card(weight.device.index) is None
     )
 
@@ -267,8 +165,8 @@ def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
     defines = [f"BITS={bits}", *(["BF16"] if dtype == torch.bfloat16 else [])]
     kernel = get_kernel("dequantize", weight.device.index, tuple(defines))
-    blocks = -(-weight.nbytes // 16 // THREADS)
-    kernel.launch((blocks, 1, 1), THREADS, [weight, scale, out, rows, in_features])
+    eights = in_features // 8
+    kernel.launch((rows, -(-eights // THREADS), 1), THREADS, [weight, scale, out, eights])
     return out
 
 
@@ -279,21 +177,25 @@ def rotate(
     values: Tensor,
     rotary: tuple[Tensor, Tensor],
     *,
-    offset: int,
+    offset: int | None,
 ) -> Tensor:
     """The turned query (B, H, T, D) out of mixed (B, T, 3 H D); key and value go into the cache.
 
     positions (B, 2, T) int32; keys, values (B, H, capacity, D), filled from offset on. rotary: as
-    for `attention`.
+    for `attention`. Without offset, the tokens are drafts of one sequence, and positions (3,) int32
+    its length, text position and first block as `attention` has them.
     """
     rows, tokens = mixed.shape[:2]
     _, heads, capacity, width = keys.shape
     query = mixed.new_empty(rows, heads, tokens, width)
-    defines = ("BF16",) if mixed.dtype == torch.bfloat16 else ()
-    kernel = get_kernel("rotate", mixed.device.index, defines)
+    defines = [
+        *(["BF16"] if mixed.dtype == torch.bfloat16 else []),
+        *(["STEP"] if offset is None else []),
+    ]
+    kernel = get_kernel("rotate", mixed.device.index, tuple(defines))
     kernel.launch(
         (-(-heads // (THREADS // 32)), tokens, rows),
         THREADS,
-        [mixed, *rotary, positions, query, keys, values, tokens, heads, capacity, offset],
+        [mixed, *rotary, positions, query, keys, values, tokens, heads, capacity, offset or 0],
     )
     return query

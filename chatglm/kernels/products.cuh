@@ -1,17 +1,18 @@
-// What the two kernels of linear products share: weights to fp values, x in shared memory, and what
-// comes after the sums. To be defined before: BITS, IN_FEATURES (K), TILES of 8 rows of x, WARPS that
-// compute, STAGED, NORM, BIAS, GELU, RESIDUAL as they are wanted, and barrier() for those warps.
+// What linear.cu is made of: weights to fp values, x in shared memory, and what comes after the sums.
+// To be defined: BITS, IN_FEATURES (K), ROWS of x at the most (a power of two); STAGED, NORM, BIAS,
+// GELU, RESIDUAL as they are wanted.
 //
 // The products are tensor core ones, m16n8k16: 16 rows of the weight, 8 of x. With one row of x seven
 // eighths of them are of zeros, but the time is that of reading the weight. The order of k within a
 // product is free as long as weight and x agree, so that a lane's 16 bytes of a weight row are used
 // as they were read.
 
+#define WARPS 8
 #define THREADS (WARPS * 32)
 #define PER_VECTOR (128 / BITS)                  // weights in 16 bytes
 #define ROW_VECTORS (IN_FEATURES / PER_VECTOR)   // 16-byte vectors of a weight row
 #define STRIDE (IN_FEATURES + 32)                // of x in shared memory, against bank conflicts
-#define ROWS (TILES * 8)
+#define TILES ((ROWS + 7) / 8)                   // of 8 rows of x
 #define OUTPUTS ((ROWS * 16 + THREADS - 1) / THREADS)  // of a tile, a thread
 
 #ifdef BF16
@@ -134,7 +135,7 @@ DEVICE float sum_of(const uint4& x, float mean, bool squares) {
 DEVICE float block_sum(float value, float* scratch) {
     value = warp_sum(value);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    barrier();
+    __syncthreads();
     value = 0;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) value += scratch[i];
@@ -178,17 +179,25 @@ DEVICE void normalise_one(const u16* x, u16* to, u16* copy, const NormWeights& w
     }
 }
 
-// A row by each warp; read three times, from L1 but for the first: there are no registers for it.
+// A row by each warp, read three times, from L1 but for the first: there are no registers for it. The
+// sums go in the order of normalise_one, so that a row comes out the same alone and among others.
+DEVICE float sum_of_row(const u16* x, float mean, bool squares, int lane) {
+    float total = 0;
+#pragma unroll 4
+    for (int warp = 0; warp < WARPS; warp++) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < MINE; i++)
+            sum += sum_of(((const uint4*)x)[i * THREADS + warp * 32 + lane], mean, squares);
+        total += warp_sum(sum);
+    }
+    return total;
+}
+
 DEVICE void normalise_rows(const u16* x, u16* to, u16* copy, const u16* weight, const u16* bias,
                            float epsilon, int lane) {
-    float sum = 0, squares = 0;
-#pragma unroll 4
-    for (int i = lane; i < IN_FEATURES / 8; i += 32) sum += sum_of(((const uint4*)x)[i], 0, false);
-    const float mean = warp_sum(sum) / IN_FEATURES;
-#pragma unroll 4
-    for (int i = lane; i < IN_FEATURES / 8; i += 32)
-        squares += sum_of(((const uint4*)x)[i], mean, true);
-    const float scale = rsqrtf(warp_sum(squares) / IN_FEATURES + epsilon);
+    const float mean = sum_of_row(x, 0, false, lane) / IN_FEATURES;
+    const float scale = rsqrtf(sum_of_row(x, mean, true, lane) / IN_FEATURES + epsilon);
 #pragma unroll 2
     for (int i = lane; i < IN_FEATURES / 8; i += 32) {
         uint4 v = ((const uint4*)x)[i];
@@ -220,7 +229,7 @@ DEVICE void stage(const u16* x, u16* xs, const Norm& norm, const NormWeights& ah
                            copy ? copy + row * IN_FEATURES : 0, norm.weight, norm.bias,
                            norm.epsilon, threadIdx.x % 32);
     }
-    barrier();
+    __syncthreads();
 }
 #else
 DEVICE void stage(const u16* x, u16* xs, int rows) {
@@ -232,33 +241,65 @@ DEVICE void stage(const u16* x, u16* xs, int rows) {
             ((uint4*)(xs + row * STRIDE))[staged_place(i)] = v;
         }
     }
-    barrier();
+    __syncthreads();
 }
 #endif
 #endif
 
-// What a tile's sums are multiplied with and what is added, asked for before the sums are there.
-struct After {
-    float factor[OUTPUTS], addend[OUTPUTS];
+// What the sums are multiplied with and what is added: asked for ahead, of all the block's tiles. While
+// the memory is busy with weights, an answer takes longer than a tile's products.
+#if defined(BIAS) || defined(RESIDUAL)
+#define ADDENDS (ROWS * 16)
+#else
+#define ADDENDS 0
+#endif
+#define FACTORS (BITS < 16 ? 16 : 0)
+#define AFTER (FACTORS + ADDENDS)  // floats of a tile in shared memory; products.py reckons with it
+
+struct Ahead {  // of one column of one of the block's tiles, a thread
+    float factor, addend[ROWS];
 };
 
-DEVICE void load(After& after, const u16* scale, const u16* bias, const u16* residual, float alpha,
-                 int tile, int rows, int out_features) {
-#pragma unroll
-    for (int o = 0; o < OUTPUTS; o++) {
-        const int i = o * THREADS + threadIdx.x, column = tile * 16 + i % 16;
-        after.factor[o] = 1;
-        after.addend[o] = 0;
-        if (i >= rows * 16) continue;
+DEVICE int own_column(int out_features) {  // the thread's, or out_features if it has none
+    const int tile = blockIdx.x + threadIdx.x / 16 * gridDim.x;
+    return min(tile * 16 + (int)threadIdx.x % 16, out_features);
+}
+
+DEVICE void ask(Ahead& ahead, const u16* scale, const u16* bias, int out_features) {
+    const int column = own_column(out_features);
+    float addend = 0;
+    ahead.factor = 1;
+    if (column < out_features) {
 #if BITS < 16
-        after.factor[o] = half_to_float(scale[column]);
+        ahead.factor = half_to_float(scale[column]);
 #endif
 #ifdef BIAS
-        after.addend[o] = to_float(bias[column]);
+        addend = to_float(bias[column]);
 #endif
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) ahead.addend[row] = addend;
+}
+
+DEVICE void ask_for_residual(Ahead& ahead, const u16* residual, float alpha, int rows,
+                             int out_features) {
 #ifdef RESIDUAL
-        after.addend[o] += alpha * to_float(residual[i / 16 * out_features + column]);
+    const int column = own_column(out_features);
+#pragma unroll
+    for (int row = 0; row < ROWS; row++)
+        if (row < rows && column < out_features)
+            ahead.addend[row] += alpha * to_float(residual[row * out_features + column]);
 #endif
+}
+
+// The barrier of the first tile makes it seen.
+DEVICE void put(const Ahead& ahead, float* after, int out_features) {
+    if (AFTER == 0 || own_column(out_features) == out_features) return;
+    float* to = after + threadIdx.x / 16 * AFTER + threadIdx.x % 16;
+    if (FACTORS) to[0] = ahead.factor;
+    if (ADDENDS) {
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) to[FACTORS + row * 16] = ahead.addend[row];
     }
 }
 
@@ -267,15 +308,18 @@ DEVICE void put(const float (*c)[2][4], float (*sums)[16]) {
     const int group = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-        float(*to)[16] = sums + n * 8;
-        to[part * 2][group] = c[n][0][0] + c[n][1][0];
-        to[part * 2 + 1][group] = c[n][0][1] + c[n][1][1];
-        to[part * 2][group + 8] = c[n][0][2] + c[n][1][2];
-        to[part * 2 + 1][group + 8] = c[n][0][3] + c[n][1][3];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int row = n * 8 + part * 2 + j;
+            if (ROWS < 8 && row >= ROWS) continue;
+            sums[row][group] = c[n][0][j] + c[n][1][j];
+            sums[row][group + 8] = c[n][0][j + 2] + c[n][1][j + 2];
+        }
     }
 }
 
-DEVICE void finish(const float (*sums)[ROWS][16], const After& after, u16* out, int tile, int rows,
+// after: that of the tile.
+DEVICE void finish(const float (*sums)[ROWS][16], const float* after, u16* out, int tile, int rows,
                    int out_features) {
 #pragma unroll
     for (int o = 0; o < OUTPUTS; o++) {
@@ -284,7 +328,8 @@ DEVICE void finish(const float (*sums)[ROWS][16], const After& after, u16* out, 
         float value = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) value += sums[w][row][i % 16];
-        value = value * after.factor[o] + after.addend[o];
+        if (FACTORS) value *= after[i % 16];
+        if (ADDENDS) value += after[FACTORS + i];
 #ifdef GELU
         value *= 0.5f + 0.5f * tanhf(0.7978845608f * (value + 0.044715f * value * value * value));
 #endif

@@ -1,0 +1,115 @@
+"""The kernels' functions in plain torch, in any precision, so that captured steps run on a CPU.
+
+What a step does with its buffers, its cache and its counts is tested without a GPU this way; the
+kernels themselves are tested against plain torch on one (test_kernels.py).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from chatglm import decoding, steps
+from chatglm.kernels import ops, products
+from chatglm.quantization.linear import dequantize_rows
+from chatglm.rotary import apply_rotary
+
+
+def linear(x, weight, *, scale=None, bias=None, norm=None, normed=None, gelu=False, residual=None,
+           alpha=1.0, next_weight=None, out=None):  # fmt: skip
+    if norm is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
+        normed.copy_(x)
+    bits = products.bits_of(weight, x.shape[1])
+    matrix = weight if bits == 16 else dequantize_rows(weight, scale, bits, x.dtype)
+    product = F.linear(x, matrix, bias)
+    product = F.gelu(product, approximate="tanh") if gelu else product
+    return out.copy_(product if residual is None else product + alpha * residual)
+
+
+def _angles(rotary, text, block):
+    """Cosine and sine (.., 1, D) for positions of the two halves (..)."""
+    return tuple(torch.cat((table[text], table[block]), dim=-1)[..., None, :] for table in rotary)
+
+
+def _see(query, keys, values):
+    """(H, D) of query (H, D) over keys and values (H, S, D)."""
+    weights = (keys @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
+    return (weights.softmax(dim=-1)[:, None] @ values)[:, 0]
+
+
+def attention(mixed, keys, values, rotary, *, lengths, text_positions, first_blocks, workspace,
+              out, scales=None):  # fmt: skip
+    rows, heads = keys.shape[:2]
+    q, k, v = mixed.view(rows, heads, -1).chunk(3, dim=-1)
+    angles = _angles(rotary, text_positions.long(), (lengths - first_blocks).long())
+    q, k = (apply_rotary(x, *(a for a in angles)) for x in (q, k))
+    for row, length in enumerate(lengths.tolist()):
+        for part, (stored, new) in enumerate(((keys, k), (values, v))):
+            if scales is None:
+                stored[row, :, length] = new[row]
+            else:
+                scale = new[row].abs().amax(dim=-1) / 127
+                stored[row, :, length] = (new[row] / scale[:, None]).round().to(torch.int8)
+                scales[part, row, :, length] = scale
+        seen = [x[row, :, : length + 1].to(q.dtype) for x in (keys, values)]
+        if scales is not None:
+            seen = [x * scales[part, row, :, : length + 1, None] for part, x in enumerate(seen)]
+        out[row] = _see(q[row], *seen).flatten()
+
+
+def attention_of_drafts(query, keys, values, *, lengths, workspace, out):
+    for row in range(query.shape[2]):
+        end = int(lengths[0]) + row + 1
+        out[row] = _see(query[0, :, row], keys[0, :, :end], values[0, :, :end]).flatten()
+
+
+def rotate(mixed, positions, keys, values, rotary, *, offset):
+    rows, tokens = mixed.shape[:2]
+    q, k, v = mixed.view(rows, tokens, keys.shape[1], -1).chunk(3, dim=-1)  # (B, T, H, D)
+    if offset is None:
+        offset, text, first = positions.tolist()
+        block = torch.arange(offset, offset + tokens)[None] - first
+        text = torch.full_like(block, text)
+    else:
+        text, block = positions.long().unbind(1)
+    angles = _angles(rotary, text, block)
+    keys[:, :, offset : offset + tokens] = apply_rotary(k, *angles).transpose(1, 2)
+    values[:, :, offset : offset + tokens] = v.transpose(1, 2)
+    return apply_rotary(q, *angles).transpose(1, 2).contiguous()
+
+
+def sample(scores, draw, *, tokens, lengths, steps, history, embedding, hidden, guard_token):
+    """Greedy only."""
+    assert (draw.top_k == 1).all()
+    chosen = scores.argmax(dim=-1)
+    tokens.copy_(chosen)
+    for row, step in enumerate(steps.tolist()):
+        history[step, row] = chosen[row]
+    hidden.copy_(embedding[chosen])
+    steps += 1
+    lengths += 1
+
+
+class Stream:
+    """Of a machine without one."""
+
+    def synchronize(self):
+        pass
+
+
+class Replay:
+    """A graph that is run rather than replayed."""
+
+    def __init__(self, step):
+        self.replay = step._step
+
+
+def use(monkeypatch):
+    """Captured steps on a CPU until the test ends."""
+    monkeypatch.setattr(products, "linear", linear)
+    for function in (attention, attention_of_drafts, rotate, sample):
+        monkeypatch.setattr(ops, function.__name__, function)
+    monkeypatch.setattr(products, "supports_norm", lambda *_: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(steps.CapturedStep, "_capture", lambda step: Replay(step))
+    monkeypatch.setattr(decoding, "reason_against", lambda model: None)
