@@ -148,12 +148,12 @@ GROUPS = (
 
 
 def read_settings(
-    argv: Sequence[str] | None, *extra: type, description: str
+    argv: Sequence[str] | None, *extra: type, description: str, trains: bool = True
 ) -> tuple[Settings, list[Any]]:
     """The checked settings of the dicts, `--config` and the flags; and those of `extra` groups."""
     groups = [*GROUPS, *((group, {}, group.__name__) for group in extra)]
     parsed = parse_settings(groups, argv, description=description)
-    settings = Settings(*parsed[: len(GROUPS)])
+    settings = Settings(*parsed[: len(GROUPS)], trains=trains)
     name = settings.train.config_name
     return settings.completed(read_json(name) if name else {}), parsed[len(GROUPS) :]
 

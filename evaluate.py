@@ -33,6 +33,8 @@ class EvaluateSettings:
     """Folder or hub name of what is scored: weights, an adapter or a prefix encoder."""
     model_name_or_path: str = ""
     """Weights under an adapter or a prefix encoder; empty: those that it was trained on."""
+    quantization_bit: Literal[0, 4, 8] = 0
+    """Quantise fp16 weights the released way while loading; 0: as stored, or as in the training."""
     test_file: list[str] | str = field(default_factory=list)
     """File to score, a pattern for several, or a list of either."""
     eval_file: list[str] | str = field(default_factory=list)
@@ -126,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             precision=settings.inference_precision,
             device=settings.device,
             base=settings.model_name_or_path,
+            quantization_bit=settings.quantization_bit,
         )
         model = plain_model(model)  # AdaLoRA's wrapper adds a term of its own to the loss
         lines, summary = score(model, tokenizer, paragraphs=paragraphs, settings=settings)

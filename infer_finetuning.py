@@ -6,6 +6,7 @@ python infer_finetuning.py --checkpoint ./best_ckpt/best --query 从南京到上
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from chatglm.checkpoints import kind_of
 from chatglm.command_line import parse_settings, run_script
@@ -23,6 +24,8 @@ class CheckpointSettings:
     """Folder that train.py saved: last, or best (of the lowest dev loss)."""
     model_name_or_path: str = ""
     """The weights under a prefix encoder; empty: those it was trained on."""
+    quantization_bit: Literal[0, 4, 8] = 0
+    """Quantise fp16 weights the released way while loading; 0: as stored, or as in the training."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         precision=chat.inference_precision,
         device=chat.device,
         base=where.model_name_or_path,
+        quantization_bit=where.quantization_bit,
     )
     converse(model, tokenizer, chat)
 

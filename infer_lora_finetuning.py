@@ -8,6 +8,7 @@ python infer_lora_finetuning.py --enable_merge_weight --merge_dir ./merged
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from chatglm.checkpoints import kind_of, read_settings_json
 from chatglm.command_line import parse_settings, run_script
@@ -32,10 +33,20 @@ class AdapterSettings:
     """More adapters by name, for /adapter NAME; checkpoint is "default"."""
     model_name_or_path: str = ""
     """The weights under the adapter; empty: those it was trained on."""
+    quantization_bit: Literal[0, 4, 8] = 0
+    """Quantise fp16 weights the released way while loading; 0: as in the training."""
     enable_merge_weight: bool = False
     """Merge the adapter into its weights and save them."""
     merge_dir: str = "./best_ckpt/merged"
     """Where merged weights go: a plain folder that infer.py reads, new or of an earlier merge."""
+
+    def __post_init__(self):
+        if self.enable_merge_weight and self.quantization_bit:
+            raise ToolkitError(
+                f"quantization_bit {self.quantization_bit} with enable_merge_weight would merge"
+                " into rounded weights: merge without, then python infer.py --model_name_or_path"
+                f" {self.merge_dir} --quantization_bit {self.quantization_bit}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=chat.device,
         base=where.model_name_or_path,
         adapters=where.adapters,
+        quantization_bit=where.quantization_bit,
     )
     if where.enable_merge_weight:
         model = merge(model, tokenizer, where.merge_dir)

@@ -29,11 +29,14 @@ global_num_layers_freeze = 0
 pre_seq_len = None
 prefix_projection = None
 
-# How frozen weights are held under LoRA, AdaLoRA and p-tuning: packed the released way into 8 or 4
-# bits (None: as stored), or by bitsandbytes in int8 or nf4.
+# How frozen weights are held under LoRA, AdaLoRA and p-tuning, and by infer.py: packed the released
+# way into 8 or 4 bits (None: as stored), or by bitsandbytes in int8 or nf4.
 quantization_bit = None
 load_in_8bit = False
 load_in_4bit = False
+
+# Train head and embedding in full as one tensor. None: as config.json says.
+tie_word_embeddings = None
 
 model_switches: dict[str, Any] = {
     "global_num_layers_freeze": global_num_layers_freeze,
@@ -42,4 +45,5 @@ model_switches: dict[str, Any] = {
     "quantization_bit": quantization_bit,
     "load_in_8bit": load_in_8bit,
     "load_in_4bit": load_in_4bit,
+    "tie_word_embeddings": tie_word_embeddings,
 }

@@ -5,7 +5,7 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
     0   words and rules, no torch    errors  settings  run_settings  command_line  files  pictures
                                      prompts  pieces  tokenizer  strategies  scores
     1   numbers                      configuration  rotary  positions  prefix  cache
-                                     kernels  quantization  loss
+                                     kernels  quantization  tying  loss
     2   data, never a model          formats  sources  parts  corpus  records  shards
                                      workers  ray_workers  builder  showing  batches
     2'  text out of any model        sampling  supported  step_cache  prefill  steps  drafts

@@ -1,5 +1,6 @@
 """A model out of settings: shape, weights, method; and any saved folder to chat with."""
 
+import copy
 import dataclasses
 import os
 from typing import Any
@@ -13,7 +14,7 @@ from .errors import ToolkitError
 from .files import read_json, recover_folder
 from .model import ChatGLMForConditionalGeneration
 from .run_settings import Settings
-from .settings import EMBEDDED_CONFIG, LARGE_MODEL, ModelSettings
+from .settings import EMBEDDED_CONFIG, LARGE_MODEL
 from .tokenizer import ChatGLMTokenizer, train_tokenizer
 from .tuning.adapters import describe_adapters, load_adapters, read_adapter_config
 from .tuning.apply import apply_method
@@ -67,9 +68,9 @@ def build_model(settings: Settings, config: ChatGLMConfig, *, total_steps: int) 
 
 
 def _load_to_train(settings: Settings, config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
-    train = settings.train
+    train, own = settings.train, _tied_as_set(settings, config)
     if train.from_scratch:
-        model = ChatGLMForConditionalGeneration(config)
+        model = ChatGLMForConditionalGeneration(own)
         where = EMBEDDED_CONFIG if train.config_name is None else train.config_name
         print(describe(model, f"{where} (new weights)"))
         return model
@@ -79,14 +80,32 @@ def _load_to_train(settings: Settings, config: ChatGLMConfig) -> ChatGLMForCondi
     whole = settings.method == "full" and not train.enable_deepspeed
     model = load_model(
         folder,
-        config,
+        own,
         dtype=torch.float32 if whole else DTYPES[train.precision],
         device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"),
         quantization_bit=settings.model.quantization_bit or 0,
-        bitsandbytes_bits=_bitsandbytes_bits(settings.model),
+        bitsandbytes_bits=settings.model.bitsandbytes_bits,
+        one_head=settings.method not in ("full", "freeze"),  # which train the head
     )
     print(describe(model, folder))
     return model
+
+
+def _tied_as_set(settings: Settings, config: ChatGLMConfig) -> ChatGLMConfig:
+    """The config with tie_word_embeddings as the settings have it, if they do.
+
+    Raises:
+        ToolkitError: if the head would train and the embedding, one with it, not.
+    """
+    own: Any = copy.deepcopy(config)
+    if settings.model.tie_word_embeddings is not None:
+        own.tie_word_embeddings = settings.model.tie_word_embeddings
+    if own.tie_word_embeddings and settings.method == "freeze":
+        raise ToolkitError(
+            "config.json has tie_word_embeddings, but global_num_layers_freeze trains the head"
+            " without the embedding: set tie_word_embeddings false, and they train apart"
+        )
+    return own
 
 
 def _refuse_untrainable(settings: Settings, config: ChatGLMConfig, folder: str) -> None:
@@ -101,16 +120,12 @@ def _refuse_untrainable(settings: Settings, config: ChatGLMConfig, folder: str) 
             f"{folder}: lora_info_args.use_dora needs unquantised weights, these are {packed}"
         )
     bias = {"lora": settings.lora.bias, "adalora": settings.adalora.bias}.get(settings.method)
-    if _bitsandbytes_bits(settings.model) and bias not in (None, "none"):
+    if settings.model.bitsandbytes_bits and bias not in (None, "none"):
         raise ToolkitError(
             f"{settings.method}_info_args.bias {bias} with {settings.quantization}: bitsandbytes"
             " rounds biases to the precision of the arithmetic; leave bias at none, or use"
             " quantization_bit"
         )
-
-
-def _bitsandbytes_bits(switches: ModelSettings) -> int:
-    return 8 if switches.load_in_8bit else 4 if switches.load_in_4bit else 0
 
 
 def resolve_settings(settings: Settings, config: ChatGLMConfig) -> Settings:
@@ -168,12 +183,15 @@ def load_for_inference(
     device: str = "auto",
     base: str = "",
     adapters: dict[str, str] | None = None,
+    quantization_bit: int = 0,
+    bitsandbytes_bits: int = 0,
 ) -> tuple[Any, ChatGLMTokenizer]:
     """Model and tokenizer, ready to chat, of whatever the folder holds; says what was loaded.
 
     folder: weights, a hub name, a prefix encoder or a LoRA or AdaLoRA adapter; the last two are put
     on `base`, or on the weights that they were trained on. adapters: more of them by name, beside
-    the folder's, which is "default".
+    the folder's, which is "default". The bits: as in `load_model`; 0 and 0: as stored, or as the
+    training held the weights.
 
     Raises:
         ToolkitError: if anything is missing or does not fit.
@@ -184,7 +202,13 @@ def load_for_inference(
         recover_folder(path)
     kind = kind_of(folder) if os.path.isdir(folder) else "weights"
     if kind == "weights":
-        model, tokenizer = load_pretrained(folder, precision=precision, device=device)
+        model, tokenizer = load_pretrained(
+            folder,
+            precision=precision,
+            device=device,
+            quantization_bit=quantization_bit,
+            bitsandbytes_bits=bitsandbytes_bits,
+        )
         print(describe(model, folder))
         return model, tokenizer
     run = read_settings_json(folder)
@@ -196,14 +220,14 @@ def load_for_inference(
             f"{folder} holds {'an adapter' if kind == 'adapter' else 'a prefix encoder'} alone and"
             " does not say on which weights: give --model_name_or_path"
         )
-    bits = 8 if run.get("load_in_8bit") else 4 if run.get("load_in_4bit") else 0
+    held = _held_in_training(folder, run, asked=(quantization_bit, bitsandbytes_bits))
     try:
         model, tokenizer = load_pretrained(
             under,
             precision=precision,
             device=device,
-            quantization_bit=run.get("quantization_bit") or 0,
-            bitsandbytes_bits=bits,
+            quantization_bit=held[0],
+            bitsandbytes_bits=held[1],
         )
     except ToolkitError as error:
         raise ToolkitError(
@@ -217,3 +241,34 @@ def load_for_inference(
     tuned = load_adapters(model, {"default": folder, **(adapters or {})})
     print(describe_adapters(tuned))
     return tuned, tokenizer
+
+
+def _held_in_training(
+    folder: str, run: dict[str, Any], *, asked: tuple[int, int]
+) -> tuple[int, int]:
+    """Bits of quantization_bit and of bitsandbytes for the weights under a trained folder.
+
+    What was trained on quantised weights has learned to make up for their rounding.
+
+    Raises:
+        ToolkitError: if other bits are asked for than it was trained on.
+    """
+    trained = (
+        run.get("quantization_bit") or 0,
+        8 if run.get("load_in_8bit") else 4 if run.get("load_in_4bit") else 0,
+    )
+    if not any(asked):
+        return trained
+    if any(trained) and asked != trained:
+        raise ToolkitError(
+            f"{_named(asked)}: {folder} was trained on weights with {_named(trained)}; leave it"
+            " out, and they are held so again"
+        )
+    if not any(trained):
+        print(f"{folder} was trained without {_named(asked)}: its answers may differ a little")
+    return asked
+
+
+def _named(held: tuple[int, int]) -> str:
+    """The setting that holds weights so."""
+    return f"quantization_bit {held[0]}" if held[0] else f"load_in_{held[1]}bit"

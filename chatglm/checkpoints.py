@@ -178,8 +178,7 @@ def check_saved(
 def _trained_part(model: Any, state: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
     """What a folder's files hold, by name."""
     if settings.method in ("full", "freeze"):
-        tied = model._tied_weights_keys if model.config.tie_word_embeddings else ()
-        return {name: tensor for name, tensor in state.items() if name not in tied}
+        return state
     return prefix_state(state) if settings.method == "ptuning" else adapter_state(model, state)
 
 

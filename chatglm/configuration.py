@@ -108,3 +108,6 @@ class ChatGLMConfig(PreTrainedConfig):
             )
         if self.quantization_bit not in (0, 4, 8):
             raise ToolkitError(f"quantization_bit {self.quantization_bit}: allowed are 0, 4 and 8")
+        if self.quantization_bit and self.quantization_embeddings and self.tie_word_embeddings:
+            raise ToolkitError("quantization_embeddings stores head and embedding apart: set"
+                               " tie_word_embeddings to false")  # fmt: skip

@@ -175,6 +175,7 @@ class _Conversion:
         state = {name: tensor for name, tensor in state.items() if name not in tied}
         _fill(model, state, model.state_dict().keys() - tied, self.old.where)
         model.tie_weights()
+        state |= {head: state[model._tied_weights_keys[head]] for head in tied}
         dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         dtype = functools.reduce(torch.promote_types, dtypes)
         if dtype not in PRECISIONS:

@@ -72,7 +72,7 @@ def checkpoint_bytes(model: nn.Module, settings: Settings) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     if settings.method in ("full", "freeze"):
         width = 4 if settings.train.precision == "32" else 2
-        saved = sum(p.numel() for p in model.parameters()) * width
+        saved = sum(tensor.numel() for tensor in model.state_dict().values()) * width
     else:
         saved = sum(p.nbytes for p in trained)
     states = {"paged_adamw_32bit": 8, "paged_lion_32bit": 4}.get(

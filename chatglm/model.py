@@ -49,8 +49,10 @@ from .positions import (
 )
 from .prefix import PrefixEncoder, own_gradient
 from .quantization.linear import QuantizedEmbedding, QuantizedLinear
+from .quantization.packing import PackingMixin
 from .rotary import apply_rotary, rotary_for_positions
 from .tokenizer import ChatGLMTokenizer
+from .tying import EMBEDDING, HEAD, is_shared, parted_head, parted_state
 
 logger = logging.getLogger("chatglm")
 
@@ -327,17 +329,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return hidden.dtype != torch.float32
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, ChatMixin):
-    """The model with its head: loss, `generate`, `chat`, strict loading."""
+class ChatGLMForConditionalGeneration(
+    ChatGLMPreTrainedModel, GenerationMixin, ChatMixin, PackingMixin
+):
+    """The model with its head: loss, `generate`, `chat`, `quantize`, strict loading."""
 
-    _tied_weights_keys = {  # noqa: RUF012
-        "lm_head.weight": "transformer.word_embeddings.weight"
-    }
+    _tied_weights_keys = {HEAD: EMBEDDING}  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        bits, shape = config.quantization_bit, (config.hidden_size, config.vocab_size)
+        if bits and config.quantization_embeddings:
+            self.lm_head: nn.Module = QuantizedLinear(*shape, bits, bias=False)
+        else:
+            self.lm_head = nn.Linear(*shape, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -431,7 +437,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin, C
         finally:
             report.removeFilter(_only_errors)
         _check_loaded(str(pretrained_model_name_or_path), info)
+        if model.config.tie_word_embeddings and not is_shared(model):
+            raise ToolkitError(
+                f"{pretrained_model_name_or_path}: head and embedding differ, so they can't be one"
+                " tensor: set tie_word_embeddings to false, or leave it out"
+            )
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """transformers' own; head and embedding are two tensors in the file, as released."""
+        state = None if state_dict is None else parted_state(state_dict)
+        with parted_head(self):
+            super().save_pretrained(save_directory, is_main_process, state, **kwargs)
 
     def generate(self, inputs=None, *args, **kwargs):
         """transformers' generate, with the context found once and a cache written in place."""

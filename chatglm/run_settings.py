@@ -45,6 +45,8 @@ class Settings:
     model: ModelSettings
     lora: LoraSettings
     adalora: AdaLoraSettings
+    trains: bool = True
+    """False for a chat, which holds weights in ways that nothing can train."""
 
     def __post_init__(self):
         chosen = self._chosen()
@@ -54,6 +56,11 @@ class Settings:
                 " trained; switch all but one off"
             )
         self._check_quantization()
+        if self.model.tie_word_embeddings and self.method != "full":
+            raise ToolkitError(
+                f"tie_word_embeddings with {chosen[self.method]}: head and embedding train as one"
+                " only where both train in full; leave it out"
+            )
         if self.train.from_scratch and self.method != "full":
             raise ToolkitError(
                 f"{chosen[self.method]} tunes given weights, but model_name_or_path is empty:"
@@ -88,7 +95,7 @@ class Settings:
         if len(on) > 1:
             raise ToolkitError(f"{' and '.join(on)} exclude each other: each says how the frozen"
                                " weights are held")  # fmt: skip
-        if on and self.method in ("full", "freeze"):
+        if on and self.trains and self.method in ("full", "freeze"):
             raise ToolkitError(
                 f"{on[0]}: quantised weights can't be trained themselves; train LoRA, AdaLoRA or"
                 " p-tuning on them, or leave them unquantised"

@@ -218,15 +218,22 @@ class ModelSettings:
     prefix_projection: bool | None = None
     """Compute the virtual tokens through two linears; null: what config_name says, else false."""
     quantization_bit: Literal[0, 4, 8] | None = None
-    """Quantise fp16 weights the released way while loading; null: as stored."""
+    """Quantise fp16 weights the released way while loading; null and 0: as stored."""
     load_in_8bit: bool = False
     """Hold the frozen weights in bitsandbytes int8."""
     load_in_4bit: bool = False
     """Hold the frozen weights in bitsandbytes nf4."""
+    tie_word_embeddings: bool | None = None
+    """Train head and embedding, in full, as one tensor; null: what config.json says, else false."""
 
     def __post_init__(self):
         at_least(self, 0, "global_num_layers_freeze")
         at_least(self, 1, "pre_seq_len")
+
+    @property
+    def bitsandbytes_bits(self) -> int:
+        """8 or 4 bits of bitsandbytes; 0: it is not used."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else 0
 
 
 @dataclass(frozen=True)

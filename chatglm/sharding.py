@@ -113,7 +113,8 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
     Names of `model.state_dict()`. Under ZeRO-3 only rank 0 gets the values.
     """
-    split = {name: p for name, p in model.named_parameters() if hasattr(p, "ds_id")}
+    named = model.named_parameters(remove_duplicate=False)  # a head may be the embedding
+    split = {name: p for name, p in named if hasattr(p, "ds_id")}
     state = {name: t.detach().cpu() for name, t in model.state_dict().items() if name not in split}
     for name, parameter in split.items():
         import deepspeed

@@ -26,6 +26,7 @@ from .quantization.bnb import bitsandbytes_config, settle_nf4
 from .quantization.linear import quantize_blocks
 from .settings import LARGE_MODEL
 from .tokenizer import VOCAB_FILE, ChatGLMTokenizer
+from .tying import is_shared, share_head
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 SMALL_MODEL = 100_000_000
@@ -203,12 +204,13 @@ def load_model(
     device: torch.device,
     quantization_bit: int = 0,
     bitsandbytes_bits: int = 0,
+    one_head: bool = True,
 ) -> ChatGLMForConditionalGeneration:
     """The weights of a checked folder on a device, in `dtype` (None: as stored).
 
     quantization_bit 8 or 4: pack fp16 weights the released way. bitsandbytes_bits 8 or 4: hold
     them in bitsandbytes' int8 or nf4. Both pack what is stored, whatever `dtype`, so that training
-    and chat have the same weights.
+    and chat have the same weights. one_head: the embedding is the head too where both are equal.
 
     Raises:
         ToolkitError: if a file is damaged, tensors do not fit, or packed weights would be packed.
@@ -229,19 +231,10 @@ def load_model(
         )
     if device.type != "cpu" and not pack:  # packed one by one, a card need not hold both
         options["device_map"] = {"": device}
-    try:
-        model = ChatGLMForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype="auto" if as_stored else dtype, **options
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        files = ", ".join(os.path.basename(path) for path in weight_files(folder))
-        raise ToolkitError(
-            f"{folder}: the weights can't be read from {files} ({reason}); take them anew"
-        ) from None
-    if pack:
+    model = _read_model(folder, config, dtype="auto" if as_stored else dtype, **options)
+    if one_head:
+        share_head(model)
+    if pack:  # what is stored is mapped, and each linear read once
         quantize_blocks(model.transformer.layers, pack, device)
         model.config.quantization_bit = pack
         model.to(device)
@@ -251,6 +244,19 @@ def load_model(
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _read_model(folder: str, config: ChatGLMConfig, **options: Any) -> Any:
+    try:
+        return ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        files = ", ".join(os.path.basename(path) for path in weight_files(folder))
+        raise ToolkitError(
+            f"{folder}: the weights can't be read from {files} ({reason}); take them anew"
+        ) from None
 
 
 def weight_files(folder: str) -> list[str]:
@@ -294,9 +300,10 @@ def describe(model: PreTrainedModel, where: str) -> str:
         getattr(model, "is_loaded_in_8bit", False): "bitsandbytes int8 weights, ",
         getattr(model, "is_loaded_in_4bit", False): "nf4 weights, ",
     }.get(True, "")
+    head = "head and embedding are one, " if is_shared(model) else ""
     return (
         f"loaded {where}: {model.config.num_layers} layers, {count / 1e6:,.1f} M parameters,"
-        f" {held}{str(model.dtype)[6:]}, on {model.device}"
+        f" {held}{head}{str(model.dtype)[6:]}, on {model.device}"
     )
 
 

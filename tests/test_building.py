@@ -379,6 +379,100 @@ def test_a_merged_folder_is_plain_weights_that_answer_as_the_adapter_did(
     assert (logits(plain) - logits(adapted)).abs().max() < 1e-5
 
 
+def kinds_of_linears(model):
+    return {type(m).__name__ for m in model.modules() if hasattr(m, "in_features")}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_infer_packs_the_weights_as_the_seed_s_users_do_in_the_script(
+    weights_folder, capsys, monkeypatch, bits
+):
+    model, tokenizer = load_for_inference(str(weights_folder), device="cpu")
+    expected = answer(model.quantize(bits), tokenizer)
+    argv = ["--model_name_or_path", str(weights_folder), "--query", QUESTION, *GREEDY]
+    infer.main([*argv, "--quantization_bit", str(bits)])
+    monkeypatch.setattr(infer, "load_for_inference", lambda *args, **options: (model, tokenizer))
+    infer.main(argv)
+    output = capsys.readouterr().out
+    assert answers(output) == [expected] * 2 and f", int{bits} weights, float32" in output
+
+
+def test_infer_holds_weights_as_models_py_says_whatever_is_trained(weights_folder, capsys):
+    pytest.importorskip("bitsandbytes")
+    argv = ["--model_name_or_path", str(weights_folder), "--query", QUESTION, *GREEDY]
+    infer.main([*argv, "--load_in_4bit", "true"])
+    infer.main([*argv, "--quantization_bit", "0"])
+    output = capsys.readouterr().out
+    assert output.count(", nf4 weights, ") == 1 and len(answers(output)) == 2
+
+
+def test_random_weights_are_packed_too(tmp_path, monkeypatch, capsys):
+    talked = []
+    monkeypatch.setattr(infer, "converse", lambda model, *rest: talked.append(model))
+    argv = ["--output_dir", str(tmp_path), "--device", "cpu"]
+    infer.main([*argv, "--quantization_bit", "4"])
+    assert talked[0].quantized and "QuantizedLinear" in kinds_of_linears(talked[0])
+    with pytest.raises(ToolkitError, match="load_in_8bit: name stored weights"):
+        infer.main([*argv, "--load_in_8bit"])
+
+
+@pytest.mark.parametrize("method", ["full", "ptuning"])
+def test_trained_weights_are_packed_if_asked(tuned, capsys, method):
+    folder = tuned("last", method)
+    model, tokenizer = load_for_inference(folder, device="cpu", quantization_bit=4)
+    argv = ["--checkpoint", folder, "--query", QUESTION, *GREEDY]
+    capsys.readouterr()
+    infer_finetuning.main([*argv, "--quantization_bit", "4"])
+    output = capsys.readouterr().out
+    assert model.quantized and answers(output) == [answer(model, tokenizer)]
+    said = f"{folder} was trained without quantization_bit 4: its answers may differ a little"
+    assert (said in output) == (method == "ptuning")
+
+
+def test_an_adapter_of_whole_weights_answers_over_packed_ones_and_says_so(tuned, capsys):
+    folder = tuned("last", "rslora")
+    argv = ["--checkpoint", folder, "--query", QUESTION, *GREEDY, "--quantization_bit", "8"]
+    infer_lora_finetuning.main(argv)
+    output = capsys.readouterr().out
+    assert "was trained without quantization_bit 8" in output and ", int8 weights, " in output
+    model, tokenizer = load_for_inference(folder, device="cpu", quantization_bit=8)
+    assert answers(output) == [answer(model, tokenizer)]
+
+
+@pytest.mark.parametrize("held", QUANTIZED)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_of_quantised_weights_keeps_to_their_bits(tuned, capsys, held, bits):
+    folder = tuned("last", "rslora", model=QUANTIZED[held])
+    if held == f"int{bits}":
+        asked, as_trained = (
+            load_for_inference(folder, device="cpu", quantization_bit=b)[0] for b in (bits, 0)
+        )
+        assert torch.equal(logits(asked), logits(as_trained))
+        assert "was trained without" not in capsys.readouterr().out
+        return
+    (switch,) = QUANTIZED[held]
+    named = f"quantization_bit {bits}: {folder} was trained on weights with {switch}"
+    with pytest.raises(ToolkitError, match=named):
+        load_for_inference(folder, device="cpu", quantization_bit=bits)
+
+
+@pytest.mark.parametrize("asked", [{"quantization_bit": 8}, {"bitsandbytes_bits": 4}])
+def test_a_packed_folder_keeps_to_its_bits(tmp_path, quantized_folders, asked):
+    folder = str(with_tokenizer(quantized_folders[4], tmp_path / "packed"))
+    with pytest.raises(ToolkitError, match=f"{folder}: its weights are int4 already"):
+        load_for_inference(folder, device="cpu", **asked)
+    model, _ = load_for_inference(folder, device="cpu", quantization_bit=4)
+    assert torch.equal(logits(model), logits(load(quantized_folders[4])))
+
+
+def test_bits_and_merging_exclude_each_other(tuned, tmp_path):
+    argv = ["--checkpoint", tuned("last", "rslora"), "--enable_merge_weight", "--merge_dir",
+            str(tmp_path / "merged"), "--quantization_bit", "4"]  # fmt: skip
+    with pytest.raises(ToolkitError, match="would merge into rounded weights: merge without"):
+        infer_lora_finetuning.main(argv)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_merging_replaces_no_folder_that_is_there(tuned, tmp_path):
     folder = tuned("last", "rslora")
     (tmp_path / "thesis").mkdir()
@@ -404,6 +498,7 @@ def test_a_script_given_the_other_ones_folder_names_the_other(tuned):
     ("argv", "message"),
     [
         (["--top_q", "1"], "unknown setting 'top_q'. Did you mean 'top_p'?"),
+        (["--quantization_bit", "3"], "quantization_bit"),
         (None, "no such folder"),
     ],
 )

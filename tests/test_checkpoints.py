@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from .tiny_weights import (
     logits,
     settings,
     train_adalora,
+    with_equal_head,
     with_tokenizer,
 )
 
@@ -134,13 +134,7 @@ def test_adalora_is_read_back_in_the_midst_of_its_schedule_and_with_its_final_ra
 
 
 def test_a_tied_head_is_saved_and_checked(tmp_path, weights_folder):
-    base = tmp_path / "tied"
-    shutil.copytree(weights_folder, base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    state = load_file(base / "model.safetensors")
-    state["lm_head.weight"] = state["transformer.word_embeddings.weight"].clone()
-    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    base = with_equal_head(weights_folder, tmp_path / "tied", tie_word_embeddings=True)
     run = Trained(base, tmp_path / "last", "full").save()
     run.check()
     assert torch.equal(logits(run.load()), logits(run.model))

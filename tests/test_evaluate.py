@@ -132,6 +132,16 @@ def test_the_summary_holds_the_means_of_the_lines_and_the_settings(run):
     }  # fmt: skip
 
 
+def test_packed_weights_are_scored_if_asked(run, checkpoint, tmp_path, capsys):
+    _, _, summary = run
+    evaluate.main(arguments(tmp_path, checkpoint=checkpoint, quantization_bit=8))
+    assert ", int8 weights, " in capsys.readouterr().out
+    scores = json.loads((tmp_path / "new" / "predictions.scores.json").read_text())
+    assert scores["settings"]["quantization_bit"] == 8
+    assert scores["perplexity"] == pytest.approx(summary["perplexity"], rel=0.1)
+    assert scores["perplexity"] != summary["perplexity"]
+
+
 def test_the_perplexity_is_e_to_the_dev_loss_of_training(run, checkpoint, tmp_path):
     folder, _, summary = run
     flags = {"model_name_or_path": checkpoint, "output_dir": tmp_path, "eval_batch_size": 2}

@@ -62,3 +62,12 @@ def test_the_forward_pass_does_not_wait_for_the_gpu(checkpoint_folder, golden_on
             )
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_packed_on_the_gpu_as_on_the_cpu(checkpoint_folder, bits):
+    there = load(checkpoint_folder, torch.float16).quantize(bits, quantize_embeddings=True)
+    here = ChatGLMForConditionalGeneration.from_pretrained(checkpoint_folder, dtype=torch.float16)
+    expected = here.quantize(bits, quantize_embeddings=True).state_dict()
+    for name, tensor in there.state_dict().items():
+        assert tensor.is_cuda and torch.equal(tensor.cpu(), expected[name]), name

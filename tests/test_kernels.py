@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from chatglm.kernels import ops, products
+from chatglm.kernels import compiler, ops, products
+from chatglm.kernels.compiler import KernelError, compile_source
 from chatglm.quantization.linear import dequantize_rows, quantize_rows, unpack_int4
 from chatglm.rotary import apply_rotary, rotary_for_positions, rotary_tables
 
@@ -12,6 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
+ALL_CARDS = [75, 80, 86, 89, 90, 100, 120]
 SHAPES = [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)]
 ROWS = [1, 2, 3, 5, 8, 11, 16, 17, 32]
 HALVES = [torch.float16, torch.bfloat16]
@@ -39,6 +41,23 @@ def packed(out_features, in_features, bits, dtype):
     stored, scale = quantize_rows(weight, bits)
     values = unpack_int4(stored) if bits == 4 else stored
     return stored, scale, values.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("card", ALL_CARDS)
+def test_every_kernel_compiles_for_every_card(card):
+    sizes = ("IN_FEATURES=4096", "ROWS=1", "UNROLL=4", "STAGED", "NORM", "BIAS", "GELU", "RESIDUAL")
+    assert compile_source("linear", card, ("BITS=4", *sizes))
+    assert compile_source("attention", card, ("MOST_KEYS=2048",))
+    assert compile_source("dequantize", card, ("BITS=8",))
+    for name in ("sample", "rotate"):
+        assert compile_source(name, card, ())
+
+
+def test_a_fault_in_a_kernel_is_one_line(monkeypatch):
+    monkeypatch.setattr(compiler, "source_of", lambda name: "int x = ;")
+    with pytest.raises(KernelError, match=r"linear.cu does not compile for sm_90: .*error") as told:
+        compile_source("linear", 90, ())
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

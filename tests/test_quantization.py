@@ -88,7 +88,7 @@ def test_a_quantised_linear_is_the_linear_of_its_dequantised_weight(bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_embedding_gives_rows_of_the_dequantised_table(bits):
-    table = QuantizedEmbedding(12, 32, bits)
+    table = QuantizedEmbedding(12, 32, bits).half()
     table.weight, table.weight_scale = quantize_rows(random_weight(), bits)
     full = dequantize_rows(table.weight, table.weight_scale, bits, torch.float16)
     ids = torch.tensor([[3, 0], [11, 3]])

@@ -71,6 +71,15 @@ def test_quantised_weights_are_refused_where_they_would_be_trained(quantized):
     assert allowed.quantization == next(iter(quantized))
 
 
+@pytest.mark.parametrize("quantized", [{"quantization_bit": 4}, {"load_in_8bit": True}])
+def test_a_chat_may_hold_weights_as_nothing_can_train_them(quantized):
+    groups = (TrainSettings(), DataSettings(), ModelSettings(**quantized), LoraSettings(),
+              AdaLoraSettings())  # fmt: skip
+    chat = Settings(*groups, trains=False).completed({})
+    assert chat.quantization == next(iter(quantized))
+    assert chat.differing(json.loads(chat.as_json())) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

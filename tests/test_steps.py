@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 
-from chatglm import steps
+from chatglm import decoding, steps
 from chatglm.configuration import ChatGLMConfig
 from chatglm.decoding import generate_tokens
+from chatglm.kernels import ops
+from chatglm.kernels.compiler import KernelError
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.sampling import Sampling
 from chatglm.supported import reason_against
@@ -271,3 +273,19 @@ def test_nothing_waits_for_the_gpu_between_two_steps():
         step.next_token()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_without_a_compiler_the_plain_loop_answers_and_says_why(monkeypatch, caplog):
+    def no_kernel(*_):
+        raise KernelError("libnvrtc is not to be found")
+
+    model, _ = build()
+    expected = answer(model, [prompt(20)], 4)
+    ops.reason_against_card.cache_clear()
+    decoding._said.clear()
+    monkeypatch.setattr(ops, "get_kernel", no_kernel)
+    found = answer(model, [prompt(20)], 4)
+    monkeypatch.undo()
+    ops.reason_against_card.cache_clear()
+    assert found.shape == expected.shape
+    assert "the slower, plain pace: libnvrtc is not to be found" in caplog.text

@@ -482,13 +482,12 @@ def test_merging_into_quantised_weights_takes_their_dequantised_values(
     assert (logits(merged) - expected).abs().max() < 1e-5
 
 
-def test_merging_dequantises_a_packed_embedding_as_well(tmp_path, write_checkpoint):
+def test_merging_dequantises_packed_embedding_and_head_as_well(tmp_path, write_checkpoint):
     from chatglm.quantization.linear import quantize_rows
 
     def pack(state):
         for name in [n for n in state if n.endswith("weight") and state[n].dim() == 2]:
-            if "lm_head" not in name:
-                state[name], state[f"{name}_scale"] = quantize_rows(state[name], 8)
+            state[name], state[f"{name}_scale"] = quantize_rows(state[name], 8)
 
     folder = write_checkpoint(pack, quantization_bit=8, quantization_embeddings=True)
     chosen = settings(with_tokenizer(folder, tmp_path / "packed"), "rslora")

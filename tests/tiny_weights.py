@@ -1,10 +1,12 @@
 """Weights of a second's training, every way to tune them, and a tokenizer of the golden ids."""
 
 import contextlib
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 
 from chatglm.building import build_model
@@ -176,4 +178,15 @@ def with_tokenizer(source, folder):
     """A copy of a folder of the golden model, with the tokenizer that it lacks."""
     shutil.copytree(source, folder)
     write_tokenizer(folder)
+    return folder
+
+
+def with_equal_head(source, folder, **config):
+    """A copy of a folder whose head is its embedding, as in the pretrained weights."""
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["transformer.word_embeddings.weight"].clone()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **config}))
     return folder

@@ -5,12 +5,15 @@ before it is asked for.
 """
 
 import functools
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .compiler import Kernel, KernelError, get_kernel
+
+logger = logging.getLogger("chatglm")
 
 THREADS = 256
 MOST_TOP_K = 1024
@@ -19,10 +22,11 @@ _HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
 
 @functools.cache
 def reason_against_card(device: int) -> str | None:
-    """Why no kernel can be compiled or run on a GPU, or None."""
+    """Why no kernel can be compiled or run on a GPU, or None; said once."""
     try:
         get_kernel("sample", device, ())
     except KernelError as error:
+        logger.warning("plain torch does the work of the GPU kernels, and slower: %s", error)
         return str(error)
     return None
 

@@ -94,7 +94,7 @@ def linear(
         (plan.blocks, 1, 1),
         _THREADS,
         [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, next_weight, *ahead,
-         rows, out_features, epsilon, float(alpha)],
+         LOOK_AHEAD, rows, out_features, epsilon, float(alpha)],
     )  # fmt: skip
     return out
 
@@ -164,7 +164,6 @@ def _plan(case: _Case) -> _Plan:
     staged = "NORM" in case.flags or case.staged_bytes <= room
     defines = (
         f"UNROLL={next(n for n in (4, 2, 1) if steps % n == 0)}",
-        f"LOOK_AHEAD={LOOK_AHEAD}",
         *case.defines,
         *(["STAGED"] if staged else []),
     )

@@ -18,6 +18,9 @@ from ..kernels import cpu, ops
 PART = 1 << 22
 """Weights dequantised at a time on a CPU: 8 MiB in half precision, which stay in its cache."""
 
+VALUES_AT_ONCE = 1 << 23
+"""Of a weight that is being packed: little memory in between, and few waits of threads."""
+
 
 def pack_int4(values: Tensor) -> Tensor:
     """Signed values in -8..7, (out, in) int8, packed two to a byte, (out, in / 2) int8."""
@@ -37,8 +40,18 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Everything is reckoned in fp16, whatever the weight's precision: that is how the released
     files came about. A row of zeros gets scale 0.
     """
-    half, largest = weight.half(), 2 ** (bits - 1) - 1
-    scale = half.abs().amax(dim=1) / largest
+    num_rows, columns = weight.shape
+    packed = weight.new_empty((num_rows, columns * bits // 8), dtype=torch.int8)
+    scale = weight.new_empty(num_rows, dtype=torch.float16)
+    step = max(VALUES_AT_ONCE // columns, 1)
+    for start in range(0, num_rows, step):
+        some = slice(start, start + step)
+        packed[some], scale[some] = _quantize_some(weight[some].half(), bits)
+    return packed, scale
+
+
+def _quantize_some(half: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    scale = half.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
     values = (half / divisor[:, None]).round().to(torch.int8)
     return (pack_int4(values) if bits == 4 else values), scale
@@ -62,10 +75,13 @@ class _QuantizedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.bits = bits
-        return F.linear(x, dequantize_rows(weight, scale, bits, x.dtype), bias.to(x.dtype))
+        added = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, dequantize_rows(weight, scale, bits, x.dtype), added)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -98,14 +114,14 @@ def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits:
 
 
 class QuantizedLinear(nn.Linear):
-    """x (.., in) to (.., out) over a packed weight, with bias; differentiable in x and bias.
+    """x (.., in) to (.., out) over a packed weight; differentiable in x and bias.
 
     An `nn.Linear`, so that PEFT puts its adapters around it as around any other.
     """
 
     weight_scale: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bits: int):
+    def __init__(self, in_features: int, out_features: int, bits: int, *, bias: bool = True):
         nn.Module.__init__(self)  # not Linear's, which would draw a weight of full size
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         stored = in_features // 2 if bits == 4 else in_features
@@ -114,7 +130,7 @@ class QuantizedLinear(nn.Linear):
         )
         # As released, whatever the model's precision: bf16 would round them.
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float16))
-        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product with the dequantised weight, in x's dtype or that of autocast."""
@@ -137,18 +153,22 @@ class QuantizedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """A plain linear of the same values."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, device=self.weight.device, dtype=dtype
-        )
+        where: Any = {"device": self.weight.device, "dtype": dtype}
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, bias=has_bias, **where)
         with torch.no_grad():
             linear.weight.copy_(dequantize_rows(self.weight, self.weight_scale, self.bits, dtype))
-            linear.bias.copy_(self.bias)
+            if has_bias:
+                linear.bias.copy_(self.bias)
         return linear
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
         """A linear's weight packed as the released code packs it; the bias is shared."""
-        quantized = cls(linear.in_features, linear.out_features, bits)
+        with torch.device("meta"):  # all three tensors are replaced
+            quantized = cls(
+                linear.in_features, linear.out_features, bits, bias=linear.bias is not None
+            )
         values, quantized.weight_scale = quantize_rows(linear.weight.detach(), bits)
         quantized.weight = nn.Parameter(values, requires_grad=False)
         quantized.bias = linear.bias
@@ -160,19 +180,40 @@ class QuantizedEmbedding(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    like: Tensor
 
     def __init__(self, rows: int, columns: int, bits: int):
         super().__init__()
         self.bits = bits
         stored = columns // 2 if bits == 4 else columns
         self.register_buffer("weight", torch.zeros(rows, stored, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.zeros(rows))
+        self.register_buffer("weight_scale", torch.zeros(rows, dtype=torch.float16))
+        # In the precision of the model, which the rows are given in.
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Only the rows asked for are dequantised."""
         rows, scale = self.weight[input_ids.flatten()], self.weight_scale[input_ids.flatten()]
-        hidden = dequantize_rows(rows, scale, self.bits, self.weight_scale.dtype)
+        hidden = dequantize_rows(rows, scale, self.bits, self.like.dtype)
         return hidden.view(*input_ids.shape, -1)
+
+    def _apply(self, fn, recurse: bool = True) -> "QuantizedEmbedding":
+        """As for a QuantizedLinear."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, bits: int) -> "QuantizedEmbedding":
+        """An embedding's table packed as the released code packs it."""
+        with torch.device("meta"):
+            quantized = cls(embedding.num_embeddings, embedding.embedding_dim, bits)
+        table = embedding.weight.detach()
+        quantized.weight, quantized.weight_scale = quantize_rows(table, bits)
+        quantized.like = table.new_empty(0)
+        return quantized
 
     def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
         """A plain embedding of the same values."""
@@ -180,8 +221,11 @@ class QuantizedEmbedding(nn.Module):
         return nn.Embedding.from_pretrained(table, freeze=False)
 
 
-def quantize_blocks(layers: nn.Module, bits: int, device: torch.device) -> None:
-    """Pack the weight of every linear below `layers`, in place, one at a time on the device."""
+def quantize_blocks(layers: nn.Module, bits: int, device: torch.device | None = None) -> None:
+    """Pack the weight of every linear below `layers`, in place, one at a time on the device.
+
+    device: None for where each is.
+    """
     _replace(
         layers, (nn.Linear,), lambda linear: QuantizedLinear.from_linear(linear.to(device), bits)
     )
@@ -202,6 +246,6 @@ def _replace(
 ) -> None:
     keepers = [module for module in parent.modules() if type(module) not in kinds]
     for module in keepers:  # a list of all would keep every replaced one in memory
-        for name, child in list(module.named_children()):
-            if type(child) in kinds:
-                setattr(module, name, change(child))
+        for name in [name for name, child in module.named_children() if type(child) in kinds]:
+            child = getattr(module, name)
+            setattr(module, name, change(child).train(child.training))

@@ -17,7 +17,8 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.utils import load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from ..model import ChatGLMForConditionalGeneration
 from ..quantization.bnb import is_bitsandbytes
 from ..quantization.linear import dequantize_packed, is_packed
 from ..settings import AdaLoraSettings, LoraSettings
+from ..tying import is_shared, part_head
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -99,7 +101,25 @@ def _add(model: ChatGLMForConditionalGeneration, config: LoraConfig) -> PeftMode
                 f"modules_to_save {name!r}: {fault}; allowed are such as lm_head, word_embeddings,"
                 " input_layernorm, final_layernorm"
             )
-    return _with_settled_ranknum(get_peft_model(model, config))
+    shared = is_shared(model)
+    return _with_own_head(_with_settled_ranknum(get_peft_model(model, config)), shared=shared)
+
+
+def _with_own_head(model: PeftModel, *, shared: bool) -> PeftModel:
+    """A head that was the embedding's tensor gets its own if an adapter changes either of them.
+
+    PEFT trains copies of modules_to_save; but merged into one of the two, LoRA would change both.
+    """
+    base: Any = model.get_base_model()
+    ends = {"lm_head": base.get_output_embeddings(),
+            "word_embeddings": base.get_input_embeddings()}  # fmt: skip
+    changed = [n for n, m in ends.items() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    if shared and changed:
+        if is_shared(base):
+            part_head(base)
+        print("head and embedding were one tensor: they are two now, as the adapter changes"
+              f" {' and '.join(changed)}")  # fmt: skip
+    return model
 
 
 def _with_settled_ranknum(model: PeftModel) -> PeftModel:
@@ -176,6 +196,7 @@ def load_adapters(model: ChatGLMForConditionalGeneration, folders: dict[str, str
             misshapen, or an adapter was never trained (all its lora_B, or lora_E, are zero).
     """
     loaded: Any = None
+    shared = is_shared(model)
     taken = {part for path in model.state_dict() for part in path.split(".")} | RESERVED_NAMES
     for name, folder in folders.items():
         if name in taken or "." in name:
@@ -196,7 +217,7 @@ def load_adapters(model: ChatGLMForConditionalGeneration, folders: dict[str, str
             reason = " ".join(str(error).split())[:300]
             raise ToolkitError(f"{folder}: not an adapter of this model ({reason})") from None
         _check_adapter(loaded, name, folder)
-    return _with_settled_ranknum(loaded).eval()
+    return _with_own_head(_with_settled_ranknum(loaded), shared=shared).eval()
 
 
 def _refuse_dora(model: nn.Module) -> None:
