@@ -49,7 +49,7 @@ class EvaluateSettings:
     max_new_tokens: int = 512
     """Tokens at which a prediction is cut."""
     inference_precision: Literal["auto", "32", "bf16", "16"] = "auto"
-    """Of the weights; auto: as stored on a GPU, 32 on a CPU."""
+    """Of the weights; auto: as stored on a GPU; on a CPU 32, over large int8 and int4 bf16."""
     device: str = "auto"
     """cuda, cuda:1, mps or cpu; auto: the GPU if there is one."""
 

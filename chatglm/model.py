@@ -37,6 +37,7 @@ from .cache import KVCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
+from .kernels import cpu
 from .loss import CHUNK, chunked_loss, next_token_loss
 from .positions import (
     ATTENTION_KERNELS,
@@ -403,7 +404,8 @@ class ChatGLMForConditionalGeneration(
             chunk = hidden.shape[:2].numel() if hasattr(self.lm_head.weight, "ds_id") else CHUNK
             loss = chunked_loss(hidden, labels, self.lm_head, num_items_in_batch, chunk=chunk)
             return CausalLMOutputWithPast(loss=loss)
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        logits = cpu.apply_linear(self.lm_head, kept)
         return CausalLMOutputWithPast(
             loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
             logits=logits,

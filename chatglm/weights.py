@@ -24,6 +24,7 @@ from .files import recover_folder, replace_folder
 from .model import ChatGLMForConditionalGeneration
 from .quantization.bnb import bitsandbytes_config, settle_nf4
 from .quantization.linear import quantize_blocks
+from .settings import LARGE_MODEL
 from .tokenizer import VOCAB_FILE, ChatGLMTokenizer
 from .tying import is_shared, share_head
 
@@ -159,8 +160,8 @@ def load_pretrained(
 ) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
     """Model (in eval mode, on its device) and tokenizer of a folder or hub name, checked.
 
-    precision: "32", "bf16", "16", or "auto": as stored on a GPU, fp32 on a CPU. The bits: as in
-    `load_model`.
+    precision: "32", "bf16", "16", or "auto": as stored on a GPU; on a CPU fp32, over large packed
+    weights bf16. The bits: as in `load_model`.
 
     Raises:
         ToolkitError: if anything is missing or does not fit, with names.
@@ -170,16 +171,29 @@ def load_pretrained(
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, config, folder)
     target = choose_device(device)
-    as_stored = precision == "auto" and target.type != "cpu"
+    packed = bool(config.quantization_bit or quantization_bit)
     model = load_model(
         folder,
         config,
-        dtype=None if as_stored else DTYPES["32" if precision == "auto" else precision],
+        dtype=_usual_dtype(target, config, packed) if precision == "auto" else DTYPES[precision],
         device=target,
         quantization_bit=quantization_bit,
         bitsandbytes_bits=bitsandbytes_bits,
     )
     return model.eval(), tokenizer
+
+
+def _usual_dtype(device: torch.device, config: ChatGLMConfig, packed: bool) -> torch.dtype | None:
+    """None: as stored, on a GPU.
+
+    On a CPU bf16 halves the head, which in fp32 would be most of what is read for a token of int4,
+    and the time of a prompt; where a CPU has no products of it, and in small models, fp32 is best.
+    """
+    if device.type != "cpu":
+        return None
+    large = 12 * config.num_layers * config.hidden_size**2 > LARGE_MODEL
+    multiplies = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if packed and large and multiplies else torch.float32
 
 
 def load_model(

@@ -16,6 +16,7 @@ from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.tokenizer import train_tokenizer
 from chatglm.weights import (
+    _usual_dtype,
     check_tokenizer,
     choose_device,
     find_folder,
@@ -221,3 +222,21 @@ def test_a_hub_name_comes_from_modelscope_where_its_package_is(monkeypatch, tmp_
     with pytest.raises(ToolkitError, match=r"missing config\.json"):
         find_folder("THUDM/chatglm-6b")
     assert asked == ["THUDM/chatglm-6b"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "packed", "multiplies", "dtype"),
+    [
+        (28, True, True, torch.bfloat16),
+        (28, False, True, torch.float32),
+        (1, True, True, torch.float32),
+        (28, True, False, torch.float32),
+    ],
+)
+def test_large_packed_weights_run_in_bf16_on_a_cpu_that_multiplies_it(
+    monkeypatch, layers, packed, multiplies, dtype
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
+    config = ChatGLMConfig(num_layers=layers)
+    assert _usual_dtype(torch.device("cpu"), config, packed) == dtype
+    assert _usual_dtype(torch.device("cuda"), config, packed) is None

@@ -2,7 +2,8 @@
 
 Row by row, scale = max |row| / (2**(bits - 1) - 1) in fp16 and q = round(w / scale). int8 stores
 (out, in); int4 (out, in / 2) with the even column in the high nibble and the odd one in the low,
-both signed. The stored tensors are used as they are: weights are dequantised for the product.
+both signed. The stored tensors are used as they are: the kernels of decoding read them so, and for
+other products weights are dequantised.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import ops
+from ..kernels import cpu, ops
+
+PART = 1 << 22
+"""Weights dequantised at a time on a CPU: 8 MiB in half precision, which stay in its cache."""
 
 VALUES_AT_ONCE = 1 << 23
 """Of a weight that is being packed: little memory in between, and few waits of threads."""
@@ -57,6 +61,8 @@ def dequantize_rows(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype
     """The (out, in) matrix in `dtype`."""
     if ops.supports_dequantize(weight, scale, dtype):
         return ops.dequantize(weight, scale, bits, dtype)
+    if cpu.supports_dequantize(weight, scale, dtype):
+        return cpu.dequantize(weight, scale, bits, dtype)
     values = unpack_int4(weight) if bits == 4 else weight
     return values.to(dtype).mul_(scale[:, None].to(dtype))
 
@@ -88,6 +94,25 @@ class _QuantizedProduct(torch.autograd.Function):
         return for_x, None, None, for_bias, None
 
 
+def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
+    """x (N, in) times the dequantised weight, (N, out), on a CPU and without gradient.
+
+    Few rows of x meet the weights as they are stored, many a part of them dequantised at a time.
+    """
+    if cpu.supports(x, weight):
+        return cpu.multiply(x, weight, scale=scale, bias=bias)
+    if bits == 8 and len(x) <= cpu.MOST_ROWS[weight.dtype]:
+        product = torch._weight_int8pack_mm(x.float(), weight, scale.float())
+        return product.add_(bias).to(x.dtype)
+    out = x.new_empty(len(x), len(weight))
+    step = max(1, PART // x.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        matrix = dequantize_rows(weight[rows], scale[rows], bits, x.dtype)
+        out[:, rows] = F.linear(x, matrix, bias[rows].to(x.dtype))
+    return out
+
+
 class QuantizedLinear(nn.Linear):
     """x (.., in) to (.., out) over a packed weight; differentiable in x and bias.
 
@@ -112,10 +137,10 @@ class QuantizedLinear(nn.Linear):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        on_cpu = kind == "cpu" and not torch.is_grad_enabled()
+        multiply = product_on_cpu if on_cpu else _QuantizedProduct.apply
         rows = x.flatten(0, -2)
-        product = _QuantizedProduct.apply(
-            rows, self.weight, self.weight_scale, self.bias, self.bits
-        )
+        product = multiply(rows, self.weight, self.weight_scale, self.bias, self.bits)
         return product.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn, recurse: bool = True) -> "QuantizedLinear":
