@@ -5,7 +5,12 @@ import torch
 
 from chatglm.kernels import compiler, ops, products
 from chatglm.kernels.compiler import KernelError, compile_source
-from chatglm.quantization.linear import dequantize_rows, quantize_rows, unpack_int4
+from chatglm.quantization.linear import (
+    QuantizedLinear,
+    dequantize_rows,
+    quantize_rows,
+    unpack_int4,
+)
 from chatglm.rotary import apply_rotary, rotary_for_positions, rotary_tables
 
 pytestmark = [
@@ -119,6 +124,17 @@ def test_dequantising_gives_the_very_values_of_plain_torch(bits, dtype):
     values = unpack_int4(stored) if bits == 4 else stored
     expected = values.to(dtype) * scale[:, None].to(dtype)
     assert torch.equal(dequantize_rows(stored, scale, bits, dtype), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32, 33])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_linear_gives_one_product_with_and_without_gradient(bits, rows):
+    plain = torch.nn.Linear(4096, 4096, device="cuda", dtype=torch.float16)
+    packed_linear = QuantizedLinear.from_linear(plain, bits)
+    x = random(1, rows, 4096)
+    expected = packed_linear(x.requires_grad_())
+    with torch.no_grad():
+        assert error(packed_linear(x), expected.double()) < 1e-3
 
 
 def rotary():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import cpu, ops
+from ..kernels import cpu, ops, products
 
 PART = 1 << 22
 """Weights dequantised at a time on a CPU: 8 MiB in half precision, which stay in its cache."""
@@ -94,7 +94,9 @@ class _QuantizedProduct(torch.autograd.Function):
         return for_x, None, None, for_bias, None
 
 
-def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
+def product_on_cpu(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
     """x (N, in) times the dequantised weight, (N, out), on a CPU and without gradient.
 
     Few rows of x meet the weights as they are stored, many a part of them dequantised at a time.
@@ -103,14 +105,29 @@ def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits:
         return cpu.multiply(x, weight, scale=scale, bias=bias)
     if bits == 8 and len(x) <= cpu.MOST_ROWS[weight.dtype]:
         product = torch._weight_int8pack_mm(x.float(), weight, scale.float())
-        return product.add_(bias).to(x.dtype)
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
     out = x.new_empty(len(x), len(weight))
     step = max(1, PART // x.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         matrix = dequantize_rows(weight[rows], scale[rows], bits, x.dtype)
-        out[:, rows] = F.linear(x, matrix, bias[rows].to(x.dtype))
+        out[:, rows] = F.linear(x, matrix, None if bias is None else bias[rows].to(x.dtype))
     return out
+
+
+def product_on_gpu(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    """The same on a GPU: few rows by a kernel, for many the whole weight is dequantised."""
+    added = None if bias is None else bias.to(x.dtype)
+    if 0 < len(x) <= products.MOST_ROWS and products.supports_linear(x, weight):
+        known = scale.dtype == torch.float16 and not torch.compiler.is_compiling()
+        if known and ops.reason_against_card(x.device.index) is None:
+            return products.linear(x.contiguous(), weight, scale=scale, bias=added)
+    return F.linear(x, dequantize_rows(weight, scale, bits, x.dtype), added)
+
+
+_WITHOUT_GRADIENT = {"cpu": product_on_cpu, "cuda": product_on_gpu}
 
 
 class QuantizedLinear(nn.Linear):
@@ -137,9 +154,9 @@ class QuantizedLinear(nn.Linear):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        on_cpu = kind == "cpu" and not torch.is_grad_enabled()
-        multiply = product_on_cpu if on_cpu else _QuantizedProduct.apply
-        rows = x.flatten(0, -2)
+        multiply, rows = _QuantizedProduct.apply, x.flatten(0, -2)
+        if not torch.is_grad_enabled() and kind in _WITHOUT_GRADIENT:
+            multiply = _WITHOUT_GRADIENT[kind]
         product = multiply(rows, self.weight, self.weight_scale, self.bias, self.bits)
         return product.view(*x.shape[:-1], self.out_features)
 
