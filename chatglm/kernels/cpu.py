@@ -138,7 +138,7 @@ def multiply(
     return out.to(x.dtype)
 
 
-def apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+def apply_linear(linear: Any, x: Tensor) -> Tensor:
     """linear(x), x (.., K) to (.., N); by `multiply` if it is a plain one that this takes.
 
     Whatever stands around it (an adapter, a hook) is obeyed.
