@@ -138,16 +138,17 @@ def multiply(
     return out.to(x.dtype)
 
 
-def apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), x (.., K) to (.., N); by `multiply` if it is a plain one that this takes.
 
     Whatever stands around it (an adapter, a hook) is obeyed.
     """
-    rows = x.flatten(0, -2)
-    if x.dtype != linear.weight.dtype or not supports(rows, linear.weight):
+    if type(linear) is not nn.Linear or x.dtype != linear.weight.dtype:
         return linear(x)
-    changed = type(linear) is not nn.Linear or "forward" in vars(linear)
-    if changed or linear._forward_hooks or linear._forward_pre_hooks:
+    rows = x.flatten(0, -2)
+    if not supports(rows, linear.weight):
+        return linear(x)
+    if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
         return linear(x)
     return multiply(rows, linear.weight, bias=linear.bias).view(*x.shape[:-1], -1)
 

@@ -94,7 +94,9 @@ class _QuantizedProduct(torch.autograd.Function):
         return for_x, None, None, for_bias, None
 
 
-def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
+def product_on_cpu(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
     """x (N, in) times the dequantised weight, (N, out), on a CPU and without gradient.
 
     Few rows of x meet the weights as they are stored, many a part of them dequantised at a time.
@@ -103,13 +105,14 @@ def product_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits:
         return cpu.multiply(x, weight, scale=scale, bias=bias)
     if bits == 8 and len(x) <= cpu.MOST_ROWS[weight.dtype]:
         product = torch._weight_int8pack_mm(x.float(), weight, scale.float())
-        return product.add_(bias).to(x.dtype)
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
     out = x.new_empty(len(x), len(weight))
     step = max(1, PART // x.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         matrix = dequantize_rows(weight[rows], scale[rows], bits, x.dtype)
-        out[:, rows] = F.linear(x, matrix, bias[rows].to(x.dtype))
+        added = None if bias is None else bias[rows].to(x.dtype)
+        out[:, rows] = F.linear(x, matrix, added)
     return out
 
 
