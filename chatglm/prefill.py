@@ -59,6 +59,7 @@ def read_prompts(
         hidden = layer.attention.dense(context.transpose(1, 2).flatten(2))
         hidden = hidden.add_(normed, alpha=layer.alpha)
         normed = layer.post_attention_layernorm(hidden)
+        del mixed, query, context, hidden  # what follows takes the most memory
         inner = F.gelu(layer.mlp.dense_h_to_4h(normed), approximate="tanh")
         hidden = layer.mlp.dense_4h_to_h(inner).add_(normed, alpha=layer.alpha)
     return hidden[:, 0]

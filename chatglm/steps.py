@@ -32,7 +32,7 @@ from .quantization.linear import QuantizedLinear
 from .rotary import rotary_tables
 from .sampling import GUARD_TOKEN, Sampling
 from .step_cache import StepCache
-from .supported import adapters_of, linears_of, stored_linear
+from .supported import adapters_of, stored_linear
 
 ROOM_STEP = 512
 """Room of a cache comes in steps of so many tokens; a graph is captured for each."""
@@ -105,10 +105,6 @@ class CapturedStep:
         self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
-        order = [*map(stored_linear, linears_of(model.transformer.layers)), model.lm_head]
-        self._next_weights = {
-            one: after.weight for one, after in zip(order, [*order[1:], order[0]], strict=True)
-        }
         self._norms_within = rows <= NORM_ROWS and products.supports_norm(rows, width, device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -280,7 +276,7 @@ class CapturedStep:
         """
         scale = linear.weight_scale if isinstance(linear, QuantizedLinear) else None
         most_rows = LIBRARY_ROWS if scale is None else products.MOST_ROWS
-        if linear not in self._next_weights or self.rows > most_rows:  # or it has adapters
+        if stored_linear(linear) is not linear or self.rows > most_rows:  # it has adapters, or
             self._library_product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
             return
         if norm is not None and not self._norms_within:
@@ -295,7 +291,6 @@ class CapturedStep:
             gelu=gelu,
             residual=self.normed if alpha is not None else None,
             alpha=alpha or 1.0,
-            next_weight=self._next_weights[linear],
             out=out,
         )
 

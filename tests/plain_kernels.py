@@ -16,7 +16,7 @@ from chatglm.rotary import apply_rotary
 
 
 def linear(x, weight, *, scale=None, bias=None, norm=None, normed=None, gelu=False, residual=None,
-           alpha=1.0, next_weight=None, out=None):  # fmt: skip
+           alpha=1.0, out=None):  # fmt: skip
     if norm is not None:
         x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
         normed.copy_(x)

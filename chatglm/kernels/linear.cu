@@ -2,31 +2,12 @@
 //
 // A block of 8 warps takes 16 rows of the weight at a time; each warp takes an eighth of K, and the
 // eighths are added in shared memory. The next UNROLL steps of a weight are in registers on their way
-// while the present ones are multiplied, across the ends of tiles too. At its last tile a block asks
-// the beginning of the next product's weight into the L2 cache: the memory would rest otherwise until
-// that product has its x.
+// while the present ones are multiplied, across the ends of tiles too.
 
 #include "products.cuh"
 
 #define ITERATIONS (ROW_VECTORS / 4 / WARPS)  // a warp reads 4 vectors of 16 rows in each
 #define GROUPS (ITERATIONS / UNROLL)
-#define PIECE (UNROLL * 64)  // bytes of a row that a warp reads in a group
-
-// The pieces of the first groups of the block of this number in the next product.
-DEVICE void look_ahead(const u8* next, int row_bytes, int tiles, int number) {
-#if __CUDA_ARCH__ >= 900
-    const int eighth = row_bytes / WARPS, piece = min(PIECE, eighth), groups = eighth / piece;
-    const int row = threadIdx.x / WARPS, warp = threadIdx.x % WARPS;
-    if (row >= 16) return;
-    for (int g = 0; g < number; g++) {
-        const int tile = blockIdx.x + g / groups * gridDim.x;
-        if (tile >= tiles) return;
-        const u8* from = next + ((long long)tile * 16 + row) * row_bytes + warp * eighth
-                         + g % groups * piece;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(piece) : "memory");
-    }
-#endif
-}
 
 struct Weights {
     uint4 upper[UNROLL], lower[UNROLL];
@@ -44,8 +25,7 @@ DEVICE void load(Weights& w, const uint4* rows, int first) {
 extern "C" __global__ void __launch_bounds__(THREADS, 2) linear(
     const u16* x, const uint4* weight, const u16* scale, const u16* bias, u16* out,
     const u16* norm_weight, const u16* norm_bias, u16* normed, const u16* residual,
-    const u8* next_weight, int next_row_bytes, int next_tiles, int next_groups, int rows,
-    int out_features, float epsilon, float alpha) {
+    int rows, int out_features, float epsilon, float alpha) {
     let_next_start();
     __shared__ float sums[2][WARPS][ROWS][16];
     const int warp = threadIdx.x / 32, tiles = out_features / 16;
@@ -79,8 +59,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) linear(
     for (int buffer = 0; tile < tiles; buffer ^= 1) {
         float c[TILES][2][4] = {};  // two chains of products, since each waits for the one before
         const int next = tile + gridDim.x;
-        if (next >= tiles && next_weight)
-            look_ahead(next_weight, next_row_bytes, next_tiles, next_groups);
 #pragma unroll 1
         for (int g = 0; g < GROUPS; g++) {
             Weights ahead;

@@ -15,8 +15,6 @@ from torch import Tensor
 from .compiler import Kernel, get_kernel
 
 MOST_ROWS = 32
-LOOK_AHEAD = 2
-"""Groups of the next product's weight, 32 KiB a block, that are asked into the L2 cache early."""
 _TILE, _THREADS = 16, 8 * 32
 _BYTES_PER_STEP = 8 * 4 * 16  # of a weight row, by 8 warps
 _MOST_STAGED_BYTES = 100 << 10
@@ -66,16 +64,14 @@ def linear(
     gelu: bool = False,
     residual: Tensor | None = None,
     alpha: float = 1.0,
-    next_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x (B, K) times the weight's transpose, (B, N), for B up to MOST_ROWS.
 
     weight: (N, K) in x's dtype, or int8, or (N, K / 2) packed int4, with scale (N,) in fp16. norm:
     x goes through it first, and is written to normed (B, K) so. gelu: the tanh kind, after the
-    bias. residual (B, N): alpha times it is added at the end. next_weight: that of the product
-    after this one, to be on its way early. Sums are fp32 throughout; a row of up to 8 comes out the
-    same alone and among the others.
+    bias. residual (B, N): alpha times it is added at the end. Sums are fp32 throughout; a row of up
+    to 8 comes out the same alone and among the others.
     """
     (rows, in_features), out_features = x.shape, weight.shape[0]
     asked = {"NORM": norm, "BIAS": bias, "GELU": gelu or None, "RESIDUAL": residual,
@@ -87,14 +83,11 @@ def linear(
     out = x.new_empty(rows, out_features) if out is None else out
     epsilon = norm.epsilon if norm else 0.0
     norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
-    ahead = (0, 0)  # bytes of a row, and tiles
-    if next_weight is not None:
-        ahead = (next_weight[0].nbytes, len(next_weight) // _TILE)
     plan.kernel.launch(
         (plan.blocks, 1, 1),
         _THREADS,
-        [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, next_weight, *ahead,
-         LOOK_AHEAD, rows, out_features, epsilon, float(alpha)],
+        [x, weight, scale, bias, out, norm_weight, norm_bias, normed, residual, rows, out_features,
+         epsilon, float(alpha)],
     )  # fmt: skip
     return out
 
