@@ -12,7 +12,9 @@ import json
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -38,6 +40,24 @@ def file_hash(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _InBackground:
+    """A function's result, worked out in a thread; the script may end without it."""
+
+    def __init__(self, work: Callable[[], Any]):
+        self._found: Future = Future()
+        threading.Thread(target=self._run, args=(work,), daemon=True).start()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._found.set_result(work())
+        except OSError as error:
+            self._found.set_exception(error)
+
+    def result(self) -> Any:
+        """Wait for it; an OSError comes up here."""
+        return self._found.result()
+
+
 def build_records(
     folder: str,
     files: list[InputFile],
@@ -60,6 +80,7 @@ def build_records(
     part = f"{folder}.part"
     try:
         states = [file.state() for file in files]
+        hashes = _InBackground(lambda: {file.path: file_hash(file.path) for file in files})
         done = _begin(part, {"source": source, "files": states})
         if done:
             print(f"{part}: going on after {done} finished shards")
@@ -76,6 +97,7 @@ def build_records(
             raise ToolkitError(f"{folder}: its source holds no samples: {names}")
         if [file.state() for file in files] != states:
             raise ToolkitError(f"{folder}: its files changed meanwhile; start the command again")
+        source = {**source, "data": hashes.result()}
         _finish(part, notes, total, plan=plan, source=source, states=states)
         replace_folder(part, folder)
     except BrokenProcessPool:
@@ -161,9 +183,8 @@ def _finish(part: str, notes: list[Note], total: Counts, *, plan, source, states
             with open(_beside(part, note, ".index"), "rb") as rows:
                 shutil.copyfileobj(rows, file)
     draw_lengths(os.path.join(part, "lengths.png"), total.lengths)
-    hashes = {state["path"]: file_hash(state["path"]) for state in states}
     manifest = {
-        "source": {**source, "data": hashes},
+        "source": source,
         "files": states,
         "backend": plan.backend,
         "counts": total.as_json(),
