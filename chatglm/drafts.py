@@ -4,8 +4,8 @@ The last tokens are looked for in the prompt and in the answer so far, and what 
 is the draft (Saxena 2023, "Prompt Lookup Decoding"). One pass gives the likeliest token after each
 token of the draft; the draft counts as far as it is what that pass says. So the answer is the
 greedy one, whatever the draft is: to the last bit with up to 7 drafted, and up to the rounding of
-other products beyond. Summaries and rewritings gain most; elsewhere a pass of some
-tokens costs more than one of a single token.
+other products beyond. Summaries and rewritings gain most; elsewhere a pass of some tokens costs
+more than one of a single token.
 """
 
 from collections.abc import Iterator
