@@ -1,4 +1,5 @@
 """Kernels for decoding, a few tokens at a time: products with stored weights, and attention.
 
-compiler.py compiles and launches, ops.py is what the model calls; the CUDA C stands beside them.
+On NVIDIA cards compiler.py compiles and launches the CUDA C that stands beside it; products.py and
+ops.py are its functions. On a CPU cpu.py does both for cpu.c.
 """

@@ -3,7 +3,7 @@
 NVRTC, the compiler, comes with torch. Compiled code stands in the cache folder under a hash of all
 that went into it, so that it is compiled once a machine. Kernels are launched through the driver
 itself: `cpm_kernels`, which the released code uses for this, knows no launch attributes, and one of
-them lets a kernel start while the one before it drains (a fifth of the time of a token in int4).
+them lets a kernel start while the one before it drains (a seventh of the time of a token in int4).
 """
 
 import ctypes
