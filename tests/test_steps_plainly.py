@@ -10,12 +10,10 @@ from chatglm import decoding, steps
 from chatglm.decoding import generate_tokens
 from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
-from chatglm.sampling import Sampling
 
 from . import plain_kernels
 from .conftest import load
-
-GREEDY = Sampling(do_sample=False)
+from .test_decoding import GREEDY, decode
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +27,6 @@ def steps_on_a_cpu(monkeypatch):
 
 def _exact_tables(tables):
     return lambda *given, half, device: tables(*given, half=False, device=device)
-
-
-def decode(model, input_ids, **options):
-    settings = {"max_new_tokens": 80 - input_ids.shape[1], "sampling": GREEDY,
-                "eos_token_ids": [305]}  # fmt: skip
-    tokens = list(generate_tokens(model, input_ids, **{**settings, **options}))
-    return torch.cat((input_ids, torch.stack(tokens, dim=1)), dim=1)
 
 
 def test_greedy_tokens_are_the_released_ones(released, golden):
