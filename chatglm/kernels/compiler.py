@@ -1,16 +1,14 @@
 """CUDA C compiled for the card at hand, kept on disk, and launched.
 
-NVRTC, the compiler, comes with torch. Compiled code stands in the cache folder under a hash of all
-that went into it, so that it is compiled once a machine. Kernels are launched through the driver
-itself: `cpm_kernels`, which the released code uses for this, knows no launch attributes, and one of
-them lets a kernel start while the one before it drains (a seventh of the time of a token in int4).
+NVRTC, the compiler, comes with torch; what it makes stays on disk (code_cache.py). Kernels are
+launched through the driver itself: `cpm_kernels`, which the released code uses for this, knows no
+launch attributes, and one of them lets a kernel start while the one before it drains (a seventh of
+the time of a token in int4).
 """
 
 import ctypes
 import functools
 import glob
-import hashlib
-import os
 import pathlib
 import re
 import sysconfig
@@ -20,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CACHE = "~/.cache/chatglm-6b/kernels"
+from .code_cache import cached_path, keep
+
 SOURCES = pathlib.Path(__file__).parent
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -108,20 +107,11 @@ def _read(nvrtc: ctypes.CDLL, handle: ctypes.c_void_p, what: str) -> bytes:
 
 
 def _compiled(name: str, arch: int, defines: tuple[str, ...]) -> bytes:
-    key = repr((source_of(name), arch, defines, torch.version.cuda))
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-    folder = pathlib.Path(os.environ.get("CHATGLM_KERNEL_CACHE", CACHE)).expanduser()
-    path = folder / f"{name}-{digest}.cubin"
+    path = cached_path(name, ".cubin", (source_of(name), arch, defines, torch.version.cuda))
     if path.exists():
         return path.read_bytes()
     code = compile_source(name, arch, defines)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_bytes(code)
-        aside.replace(path)
-    except OSError:
-        pass  # a home that can't be written: it is compiled again next time
+    keep(path, code)
     return code
 
 

@@ -7,7 +7,6 @@ the OpenMP library that torch brings: a second pool of threads would spin agains
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import pathlib
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compiler import CACHE, SOURCES, KernelError
+from .code_cache import cached_path, keep
+from .compiler import SOURCES, KernelError
 
 logger = logging.getLogger("chatglm")
 
@@ -67,30 +67,18 @@ def _load() -> ctypes.CDLL:
     Raises:
         KernelError: if there is no compiler, or it or the loader refuses.
     """
-    key = repr(((SOURCES / "cpu.c").read_text(), FLAGS, _processor()))
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-    folder = pathlib.Path(os.environ.get("CHATGLM_KERNEL_CACHE", CACHE)).expanduser()
-    path = folder / f"cpu-{digest}.so"
+    key = ((SOURCES / "cpu.c").read_text(), FLAGS, _processor())
+    path = cached_path("cpu", ".so", key)
     try:
         if path.exists():
             return ctypes.CDLL(str(path))
         with tempfile.TemporaryDirectory() as aside:
             built = pathlib.Path(aside, path.name)
             _compile(_compiler(), built)
-            _keep(built, path)
+            keep(path, built.read_bytes())
             return ctypes.CDLL(str(built))
     except OSError as error:
         raise KernelError(f"cpu.c can't be loaded: {' '.join(str(error).split())}") from None
-
-
-def _keep(built: pathlib.Path, path: pathlib.Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(built, aside)
-        aside.replace(path)
-    except OSError:
-        pass  # a home that can't be written: it is compiled again next time
 
 
 @functools.cache
