@@ -71,7 +71,7 @@ class Watchdog:
         self.thread.start()
 
     def stop(self) -> None:
-        """Say goodbye: this rank has finished, and the others go on without it."""
+        """Say goodbye: this rank has finished or was interrupted; the others are told."""
         self._leave(FINISHED, self.timeout_seconds)
 
     def on_exception(self, error: BaseException) -> None:
@@ -149,10 +149,14 @@ class Watchdog:
         self._conclude(self._not_joined([0]))
 
     def _has_to_wait(self) -> bool:
-        """True for rank 0, in which the store lives, till the others leave; see on_exception."""
-        if self.rank == 0:
-            return any(not self.states.get(rank, {}).get("end") for rank in self.silence)
-        return self.end == INTERRUPTED
+        """True for rank 0, in which the store lives, till the others leave; see on_exception.
+
+        After an interrupt the ranks of its own machine leave when it does.
+        """
+        if self.rank:
+            return self.end == INTERRUPTED
+        staying = [rank for rank in self.silence if not self.states.get(rank, {}).get("end")]
+        return any(self.end != INTERRUPTED or self._is_elsewhere(rank) for rank in staying)
 
     def _wait_a_beat(self) -> list[int]:
         """The ranks of this machine whose process ended; the first one to end ends the wait."""
@@ -208,19 +212,25 @@ class Watchdog:
         absent = [rank for rank in self.silence if rank not in ends]
         if any(self.silence[rank] >= self.start_timeout_seconds for rank in absent):
             return self._not_joined(absent)
-        interrupted = [rank for rank in ends if self._is_interrupted_elsewhere(rank)]
-        if interrupted:
+        interrupted = [rank for rank in ends if ends[rank] == INTERRUPTED]
+        if any(self.silence[rank] >= self._patience(rank) for rank in interrupted):
             return self._line(interrupted, "been interrupted")
-        silent = [r for r in ends if ends[r] != FINISHED and self._is_silent(r)]
+        silent = [rank for rank in ends if not ends[rank] and self._is_silent(rank)]
         if any(self.silence[rank] >= self.timeout_seconds for rank in silent):
             return self._not_answered(silent)
         return None
 
-    def _is_interrupted_elsewhere(self, rank: int) -> bool:
-        """Ctrl-C reaches the ranks of one machine; those wait for rank 0, which may be saving."""
-        state = self.states[rank]
-        long_ago = self.silence[rank] >= 5 * self.beat_seconds
-        return state["end"] == INTERRUPTED and state["machine"] != _machine() and long_ago
+    def _patience(self, rank: int) -> float:
+        """Seconds to wait for an interrupted rank; rank 0 may be saving, then ends its machine's.
+
+        Ctrl-C reaches the ranks of one machine, those of others have to end by themselves.
+        """
+        if self._is_elsewhere(rank):
+            return 5 * self.beat_seconds
+        return self.timeout_seconds if rank else self.start_timeout_seconds
+
+    def _is_elsewhere(self, rank: int) -> bool:
+        return self.states.get(rank, {}).get("machine") != _machine()
 
     def _speaks(self) -> bool:
         """True for one rank of this machine, whose ranks share a terminal: the lowest not lost."""
@@ -255,8 +265,9 @@ class Watchdog:
                 f" MASTER_PORT ({str(error).splitlines()[0]})"
             )
         self.store, self.silence[0] = None, self.timeout_seconds
-        if not self.end and self.states.get(0, {}).get("end") != FINISHED:
-            self._conclude(self._line([0], "died"))
+        end = self.states.get(0, {}).get("end")
+        if not self.end and end != FINISHED:
+            self._conclude(self._line([0], "been interrupted" if end == INTERRUPTED else "died"))
 
     def _conclude(self, line: str) -> NoReturn:
         """Print the line, pass it on where the store can be reached, end the process."""

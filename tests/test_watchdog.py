@@ -187,10 +187,18 @@ def test_after_an_interrupt_all_wait_for_what_rank_0_saves(tmp_path):
             assert errors(tmp_path, rank) == []
 
 
+def test_a_rank_0_that_alone_is_interrupted_has_time_to_save(tmp_path):
+    with ranks(tmp_path, 2, interrupted_ranks=[0]) as processes:
+        wait_until_running(tmp_path, 0, 1)
+        line = f"error: rank 0 (host 127.0.0.1) has been interrupted; stopped. {ADVICE}"
+        assert_end(tmp_path, {1: processes[1]}, line, within_seconds=STATED_SECONDS)
+        assert (tmp_path / "0.saved").exists()
+
+
 def test_a_rank_that_alone_is_interrupted_ends_the_others(tmp_path):
     with ranks(tmp_path, 2, interrupted_ranks=[1]) as processes:
         wait_until_running(tmp_path, 0, 1)
-        line = f"error: rank 1 (host 127.0.0.1) has not answered for 1.5 s; stopped. {ADVICE}"
+        line = f"error: rank 1 (host 127.0.0.1) has been interrupted; stopped. {ADVICE}"
         assert_end(tmp_path, {0: processes[0]}, line, within_seconds=STATED_SECONDS)
         processes[1].join(STATED_SECONDS)
         assert processes[1].exitcode == 1 and errors(tmp_path, 1) == []
