@@ -23,8 +23,8 @@ from chatglm import decoding  # noqa: E402
 from chatglm.configuration import ChatGLMConfig  # noqa: E402
 from chatglm.decoding import generate_tokens  # noqa: E402
 from chatglm.drafts import DraftedStep  # noqa: E402
+from chatglm.growing_text import GrowingText  # noqa: E402
 from chatglm.model import ChatGLMForConditionalGeneration  # noqa: E402
-from chatglm.prompts import settled_part  # noqa: E402
 from chatglm.sampling import Sampling  # noqa: E402
 from chatglm.steps import CapturedStep, forget_steps  # noqa: E402
 from chatglm.tokenizer import train_tokenizer  # noqa: E402
@@ -71,15 +71,15 @@ def rate(
     """Tokens/s of all rows after the first token; the second of two answers counts."""
     seconds = 0.0
     for _ in range(2):
-        ids, answer = prompts(model, rows, length), []
+        ids = prompts(model, rows, length)
+        answer = None if tokenizer is None else GrowingText(tokenizer.decode)
         for number, tokens in enumerate(generate_tokens(
             model, ids, max_new_tokens=new, sampling=sampling, eos_token_ids=[-1], **options
         )):  # fmt: skip
             if number == 0:
                 start = time.perf_counter()
-            if tokenizer is not None:
-                answer.append(int(tokens[0]))
-                settled_part(tokenizer.decode(answer))
+            if answer is not None:
+                answer.add(int(tokens[0]))
         seconds = time.perf_counter() - start
     return rows * (new - 1) / seconds
 

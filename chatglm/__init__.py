@@ -3,13 +3,14 @@
 Modules stand on floors, and imports go down only (tests/test_floors.py holds it):
 
     0   words and rules, no torch    errors  settings  run_settings  command_line  files  pictures
-                                     prompts  pieces  tokenizer  strategies  scores
+                                     prompts  growing_text  pieces  tokenizer
+                                     strategies  scores
     1   numbers                      configuration  rotary  positions  prefix  cache
                                      kernels  quantization  tying  loss
     2   data, never a model          formats  sources  parts  corpus  records  shards
                                      workers  ray_workers  builder  showing  batches
     2'  text out of any model        sampling  plain_steps  supported  step_cache  prefill  steps
-                                     drafts  decoding  chat  terminal
+                                     drafts  decoding  chat  terminal  paged_cache
     3   the model and its weights    model  weights
     4   changes to a model           tuning
     5   from and to a run's folders  sharding  checkpoints  building
@@ -17,6 +18,7 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
                                      callbacks  trainer
     6'  scores of a model            evaluation
     6'' others' checkpoints          old_files  old_parts  old_base  conversion
+    6''' many at once, over HTTP     serving
 
 Floors of one number stand beside each other: none imports another. The text-out floor
 stands under the model: it calls what it is handed and imports no model, so that

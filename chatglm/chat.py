@@ -10,7 +10,8 @@ from transformers import LogitsProcessorList
 
 from .decoding import generate_tokens
 from .errors import ToolkitError
-from .prompts import build_prompt, clean_response, settled_part
+from .growing_text import GrowingText
+from .prompts import build_prompt, clean_response
 from .sampling import Sampling
 
 logger = logging.getLogger("chatglm")
@@ -147,7 +148,7 @@ class ChatMixin:
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)
         answer_ids: list[int] = []
-        shown = None
+        answer = GrowingText(tokenizer.decode)
         for token in generate_tokens(
             self,
             torch.tensor([ids], device=self.device),
@@ -160,14 +161,11 @@ class ChatMixin:
             kv_cache_bits=kv_cache_bits,
         ):
             answer_ids.append(int(token[0]))
-            text = settled_part(tokenizer.decode(answer_ids))
-            if text != shown:
-                shown = text
-                yield text, [*rounds, (query, text)]
+            if answer.add(answer_ids[-1]):
+                yield answer.text, [*rounds, (query, answer.text)]
         self._say_if_cut(answer_ids, limit, ends)
-        final = clean_response(tokenizer.decode(answer_ids))
-        if final != shown:
-            yield final, [*rounds, (query, final)]
+        if answer.finish() or not answer.text:
+            yield answer.text, [*rounds, (query, answer.text)]
 
     def _start(
         self, tokenizer, query: str, rounds: History, max_length: int, max_new_tokens: int | None

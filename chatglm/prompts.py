@@ -24,7 +24,12 @@ def build_prompt(query: str, history: list[tuple[str, str]]) -> str:
 
 def clean_response(text: str) -> str:
     """An answer as the released model shows it: stripped, dated, full-width beside Chinese."""
-    cleaned = text.strip().replace(_TRAINING_TIME, _TRAINING_YEAR)
+    return tidied(text.strip())
+
+
+def tidied(text: str) -> str:
+    """`clean_response` of a part; a mark is changed by its neighbours, and changes none."""
+    cleaned = text.replace(_TRAINING_TIME, _TRAINING_YEAR)
     for ascii_mark, full_width in _FULL_WIDTH.items():
         mark = re.escape(ascii_mark)
         cleaned = re.sub(rf"([\u4e00-\u9fff]){mark}", rf"\1{full_width}", cleaned)
@@ -32,11 +37,12 @@ def clean_response(text: str) -> str:
     return cleaned
 
 
-def settled_part(text: str) -> str:
-    """The part of an unfinished answer that later tokens can't change, cleaned.
+def settled_length(text: str) -> int:
+    """How much of an unfinished, uncleaned answer later tokens can't change.
 
     Held back: a character whose bytes are not all there, a mark that becomes full-width if a
-    Chinese character follows, and a beginning of the training-time placeholder.
+    Chinese character follows, a beginning of the training-time placeholder, and whitespace at the
+    end, which an end of the answer would strip.
     """
     held = text.rstrip("\ufffd")
     for length in range(len(_TRAINING_TIME) - 1, 0, -1):
@@ -45,4 +51,4 @@ def settled_part(text: str) -> str:
             break
     if held.endswith(_HELD_ENDINGS):
         held = held[:-1]
-    return clean_response(held)
+    return len(held.rstrip())

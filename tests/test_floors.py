@@ -20,6 +20,7 @@ ANYWHERE = {"torch", "numpy"}
 DOORS = {
     "bitsandbytes": "quantization optim",
     "deepspeed": "sharding",
+    "fastapi": "serving",
     "filelock": "data_utils.py",
     "google_crc32c": "records",
     "huggingface_hub": "weights",
@@ -32,17 +33,22 @@ DOORS = {
     "nltk": "scores",
     "orjson": "sources",
     "peft": "tuning",
+    "prometheus_client": "serving",
+    "psutil": "serving",
     "pyarrow": "sources",
+    "pydantic": "serving",
     "pytorch_optimizer": "optim",
     "ray": "ray_workers",
     "rouge_chinese": "scores",
     "rich": "showing data_utils.py",
     "safetensors": "weights tuning checkpoints callbacks old_files conversion",
     "sentencepiece": "pieces tokenizer",
+    "starlette": "serving",
     "tqdm": "evaluation builder data_utils.py",
     # The model is one of transformers'; beside it: the schedules in optim.
-    "transformers": "tokenizer configuration cache quantization sampling decoding chat model"
-    " weights optim",
+    "transformers": "tokenizer configuration cache paged_cache quantization sampling decoding chat"
+    " model weights optim serving",
+    "uvicorn": "infer_api.py",
     "yaml": "command_line",
 }
 """Where each outside library is imported: modules, folders and scripts."""

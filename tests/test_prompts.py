@@ -4,12 +4,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from chatglm.prompts import build_prompt, clean_response, settled_part
+from chatglm.prompts import build_prompt, clean_response, settled_length
 
 pieces = st.sampled_from(
     [*"[]训练时间年中文a1 \n\t,!:;?，。\ufffd", "[[训练时间]]", "[[", "]]", "[[训练"]
 )
 answers = st.lists(pieces, max_size=14).map("".join)
+
+
+def settled_part(text):
+    return clean_response(text[: settled_length(text)])
 
 
 def test_the_first_round_is_the_bare_query():

@@ -145,13 +145,16 @@ def train_adalora(model, chosen, steps):
     return sums
 
 
-def write_weights(folder):
-    """A folder of fp16 weights with their tokenizer, as a training leaves it."""
+def write_weights(folder, std=0.12):
+    """A folder of fp16 weights with their tokenizer, as a training leaves it.
+
+    With a std of 0.36 an answer depends on every token before it.
+    """
     torch.manual_seed(0)
     model = ChatGLMForConditionalGeneration(ChatGLMConfig(**SHAPE)).eval()
     for name, parameter in model.named_parameters():  # new ones hide much: biases are zero
         if "layernorm.weight" not in name:
-            parameter.data.normal_(std=0.12)
+            parameter.data.normal_(std=std)
     write_tokenizer(folder)
     tokenizer = ChatGLMTokenizer(str(folder / "ice_text.model"))
     save_folder(model, model.state_dict(), tokenizer, "{}\n", str(folder / "weights"),

@@ -1,0 +1,111 @@
+"""Several adapters in one batch, each row with its own.
+
+PEFT answers with one adapter at a time, or splits a batch by adapter. Here the adapters of a linear
+stand stacked, and each row picks its own: two more batched products a linear, whatever the mixture
+(Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving").
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..errors import ToolkitError
+
+
+class RowAdapters:
+    """Which adapter each row of the next pass has. names: of all adapters."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names, self.device = list(names), device
+        self._numbers = {name: number for number, name in enumerate(self.names, start=1)}
+        self.index: Tensor | None = None  # (B,), 0 for the bare weights; None: all have those
+
+    def choose(self, names: Sequence[str | None]) -> None:
+        """The adapter of each row, None for the bare weights."""
+        numbers = [0 if name is None else self._numbers[name] for name in names]
+        self.index = torch.tensor(numbers, device=self.device) if any(numbers) else None
+
+
+class RowLinear(nn.Module):
+    """A linear with all adapters on it. down (N + 1, R, in), up (N + 1, out, R), number 0 zero."""
+
+    def __init__(self, linear: nn.Module, down: Tensor, up: Tensor, adapters: RowAdapters):
+        super().__init__()
+        self.linear, self.adapters = linear, adapters
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in) to (B, T, out)."""
+        out, index = self.linear(x), self.adapters.index
+        if index is None:
+            return out
+        down, up = self.down[index], self.up[index]  # type: ignore[index]
+        return out + (x.to(down.dtype) @ down.mT @ up.mT).to(out.dtype)
+
+
+def with_row_adapters(tuned: PeftModel) -> Any:
+    """The model under the adapters, which each row of a batch chooses from `row_adapters`.
+
+    Raises:
+        ToolkitError: for an adapter that changes more than products of linears.
+    """
+    configs: dict[str, Any] = tuned.peft_config
+    for name, config in configs.items():
+        reason = _why_not_beside_others(config)
+        if reason:
+            raise ToolkitError(
+                f"adapter {name!r} {reason}, and can't be served beside other adapters: serve it"
+                " alone, or merge it (python infer_lora_finetuning.py --enable_merge_weight)"
+            )
+    model: Any = tuned.get_base_model()
+    model.row_adapters = adapters = RowAdapters(list(configs), model.device)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, _stacked(module, path, adapters))
+    return model
+
+
+def _why_not_beside_others(config: Any) -> str | None:
+    if getattr(config, "use_dora", False):
+        return "is DoRA"
+    if config.modules_to_save:
+        return f"replaces {', '.join(config.modules_to_save)}"
+    return "changes biases" if config.bias != "none" else None
+
+
+def _stacked(module: nn.Module, path: str, adapters: RowAdapters) -> RowLinear:
+    if not isinstance(module, LoraLayer) or not hasattr(module.get_base_layer(), "in_features"):
+        raise ToolkitError(f"adapters on {path}, a {type(module).__name__}, can't be served mixed")
+    parts = [_down_and_up(module, name) for name in adapters.names]
+    there = [part for part in parts if part is not None]
+    rank = max(down.shape[0] for down, _ in there)
+    (_, columns), (rows, _) = there[0][0].shape, there[0][1].shape
+    downs = there[0][0].new_zeros(1 + len(parts), rank, columns)
+    ups = there[0][0].new_zeros(1 + len(parts), rows, rank)
+    for number, part in enumerate(parts, start=1):
+        if part is not None:
+            down, up = part
+            downs[number, : down.shape[0]], ups[number, :, : down.shape[0]] = down, up
+    return RowLinear(module.get_base_layer(), downs, ups, adapters)
+
+
+@torch.no_grad()
+def _down_and_up(layer: Any, name: str) -> tuple[Tensor, Tensor] | None:
+    """The two matrices whose product an adapter adds to a linear, if it is on this one."""
+    if name not in layer.lora_A:
+        return None
+    scaling = layer.scaling[name]
+    if isinstance(layer, AdaLoraLayer):
+        # SVDLinear.forward in peft.tuners.adalora: singular values, and the number of them.
+        down, up = layer.lora_A[name] * layer.lora_E[name], layer.lora_B[name]
+        return down, up * (scaling / (layer.ranknum[name] + 1e-5))
+    return layer.lora_A[name].weight, layer.lora_B[name].weight * scaling
