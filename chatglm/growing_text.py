@@ -1,9 +1,9 @@
 """The text of an answer while it grows, at a cost a token that doesn't grow with it.
 
 The plain way, decoding and tidying the whole answer at every token, takes half a millisecond at
-1000 tokens: nothing for one conversation, but more than a GPU's step for 32. Here a token is decoded
-beside the few before it, and only text that the next token may still change is looked at again. The
-result is that of the plain way; tests/test_growing_text.py holds the two together.
+1000 tokens: nothing for one conversation, but more than a GPU's step for 32. Here a token is
+decoded beside the few before it, and only text that the next token may still change is looked at
+again. The result is that of the plain way.
 """
 
 from collections.abc import Callable

@@ -35,6 +35,9 @@ class Places:
 class PagedLayer(CacheLayerMixin):
     """One layer's keys and values, each (pages, H, PAGE_TOKENS, D)."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
         self.keys, self.values = keys, values
@@ -91,7 +94,8 @@ class PagedCache(Cache):
     def place(self, places: Places) -> None:
         """Where the next pass reads and writes."""
         for layer in self.layers:
-            layer.places = places  # type: ignore[attr-defined]
+            assert isinstance(layer, PagedLayer)
+            layer.places = places
 
 
 def bytes_per_page(model) -> int:

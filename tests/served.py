@@ -3,12 +3,12 @@
 import contextlib
 import threading
 
+from chatglm.sampling import Sampling
 from chatglm.serving.engine import Engine
 from chatglm.serving.metrics import Metrics
 from chatglm.serving.request import Request
 from chatglm.serving.runner import PlainRunner
 from chatglm.serving.scheduler import Scheduler
-from chatglm.sampling import Sampling
 
 GREEDY = Sampling(do_sample=False)
 

@@ -63,8 +63,8 @@ def answers(engine, requests):
 
 
 def test_a_greedy_answer_is_that_of_the_plain_model_alone_and_among_others(model):
-    requests = [a_request(model, text, new) for text, new in
-                zip(texts(32), random.Random(1).choices(range(1, 40), k=32), strict=True)]  # fmt: skip
+    lengths = random.Random(1).choices(range(1, 40), k=32)
+    requests = [a_request(model, text, new) for text, new in zip(texts(32), lengths, strict=True)]
     expected = [shown(model, alone(model, request)) for request in requests]
     assert len(set(expected)) == len(expected)
     with serving(model) as engine:
@@ -163,7 +163,7 @@ def test_each_row_has_its_own_adapter(methods, tuned_folders):
 
 @pytest.mark.parametrize("method", ["dora", "biases", "saved modules"])
 def test_an_adapter_that_changes_more_than_products_is_refused(method, folder):
-    with pytest.raises(ToolkitError, match="'default' .* serve it alone, or merge it"):
+    with pytest.raises(ToolkitError, match=r"'default' .* serve it alone, or merge it"):
         with_row_adapters(build(settings(folder, method)))
 
 

@@ -38,7 +38,7 @@ DOORS = {
     "pyarrow": "sources",
     "pydantic": "serving",
     "pytorch_optimizer": "optim",
-    "ray": "ray_workers",
+    "ray": "ray_workers serving",
     "rouge_chinese": "scores",
     "rich": "showing data_utils.py",
     "safetensors": "weights tuning checkpoints callbacks old_files conversion",

@@ -6,8 +6,8 @@ from chatglm.growing_text import GrowingText
 from chatglm.prompts import clean_response
 from chatglm.tokenizer import ChatGLMTokenizer, train_tokenizer
 
-WORDS = ["你好", "，", ",", "中", "文!", " ", "  ", "\n", "\t", "def f():", "𝄞", "🙂", "[[训练", "时间]]",
-         "a", ":", "?", "。", "[", "]]", "3.5"]  # fmt: skip
+WORDS = ["你好", "，", ",", "中", "文!", " ", "  ", "\n", "\t", "def f():", "𝄞", "🙂",
+         "[[训练", "时间]]", "a", ":", "?", "。", "[", "]]", "3.5"]  # fmt: skip
 texts = st.lists(st.sampled_from(WORDS), max_size=24).map("".join)
 
 
@@ -63,6 +63,8 @@ def test_half_a_character_waits_for_its_other_half(tokenizer):
 
 def test_the_real_tokenizer_gives_the_same(vocabulary_file):
     tokenizer = ChatGLMTokenizer(str(vocabulary_file))
-    text = "你好，这是  一个\n\n```python\ndef f(x):\n    return x  # 🙂𝄞\n```\n 1. 南京, 2. 上海!\n"
+    text = (
+        "你好，这是  一个\n\n```python\ndef f(x):\n    return x  # 🙂𝄞\n```\n 1. 南京, 2. 上海!\n"
+    )
     ids = tokenizer.encode_texts([text * 5])[0]
     assert grown(tokenizer, ids).text == clean_response(tokenizer.decode(ids))

@@ -1,12 +1,11 @@
 """Many conversations at once: requests, their batch, and HTTP. Never imports training.
 
-    request     what is asked for, and a row of the batch
-    scheduler   whose turn it is, and who gets the pages of the cache
-    runner      the rows' passes through the model
-    engine      the loop over both, in a thread of its own
-    messages    OpenAI's requests and answers to and from ours
-    metrics     what Prometheus reads
-    streams     answers on their way to a client
-    api         the HTTP application
-    ray_app     the same application in several processes, on one machine or many
+request, scheduler, runner, engine    a row of the batch, whose turn it is, its passes through the
+                                      model, and the loop over all that in a thread of its own
+metrics                               what Prometheus reads
+served                                a loaded model with its engine, names and limits
+messages, streams                     OpenAI's requests and answers; answers on their way
+bodies, keys, refusals                what is not let in, and how it is told
+api, chat_page, page/                 the HTTP application
+ray_app                               the same in several processes, on one machine or many
 """

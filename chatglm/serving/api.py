@@ -3,28 +3,23 @@
 import asyncio
 import contextlib
 import hmac
-import importlib.resources
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Security
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from ..errors import ToolkitError
 from ..prompts import build_prompt
 from ..sampling import Sampling
 from .bodies import LimitBodies
-from .engine import EngineBusy, EngineStopped
+from .chat_page import add_page
 from .messages import (
-    NEUTRAL_ONLY,
     BadRequest,
     ChatRequest,
     CompletionRequest,
@@ -34,18 +29,13 @@ from .messages import (
     sampling_of,
     usage_of,
 )
+from .refusals import TooMany, add_refusals
 from .served import Served
-from .streams import Answers, ClientGone, EventStream, Failed, while_client_is_there
+from .streams import Answers, EventStream, Failed, while_client_is_there
 
 logger = logging.getLogger("chatglm")
 
 WARM_UP_TOKENS = 4
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The chat page loads its own files and calls its own server, and no script in an answer runs."""
-PAGE_FILES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request can't be served; the field is named."},
     401: {"description": "An API key is needed."},
@@ -56,10 +46,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"description": "Too many requests wait, or the server is stopping; see Retry-After."},
     504: {"description": "The deadline of the request has passed."},
 }
-
-
-class TooMany(Exception):
-    """A client has as many requests as it may have."""
 
 
 class Api:
@@ -85,7 +71,6 @@ class Api:
         """Hand requests in for a client."""
         most = self.settings.max_requests_per_client
         if self._running[client] + len(requests) > most and self._running[client]:
-            self.served.metrics.refused("client_limit")
             raise TooMany(f"this client has {self._running[client]} requests running, of {most}")
         return _Counted(self.served, requests, self._running, client)
 
@@ -132,9 +117,9 @@ def build_app(served: Served, keys: Sequence[str] = ()) -> FastAPI:
     app = FastAPI(title="ChatGLM-6B", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.api = api
     _add_calls(app, api)
-    _add_page(app)
+    add_page(app)
     _add_watching(app, api)
-    _add_errors(app, served)
+    add_refusals(app, served.metrics)
     app.add_middleware(LimitBodies, most_bytes=served.settings.max_body_bytes)
     if served.settings.cors_origins:
         app.add_middleware(
@@ -279,34 +264,6 @@ def _log(settings: Any, client: str, prompt: Any, texts: Sequence[str], started:
         logger.info("%s asked %r and was answered %r in %.2f s", client, prompt, texts, seconds)
 
 
-def _add_page(app: FastAPI) -> None:
-    folder = importlib.resources.files(__package__) / "page"
-    headers = {
-        "Content-Security-Policy": PAGE_POLICY,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-
-    def part(name: str) -> Response:
-        kind = PAGE_FILES[name[name.rindex(".") :]]
-        return Response((folder / name).read_bytes(), media_type=kind, headers=headers)
-
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def page() -> Response:
-        """The chat page."""
-        return part("index.html")
-
-    names = {file.name for file in folder.iterdir() if file.is_file()}
-
-    @app.get("/page/{name}", include_in_schema=False)
-    async def file_of_page(name: str) -> Response:
-        """Its files."""
-        if name not in names:
-            raise HTTPException(404, f"the page has no file {name!r}")
-        return part(name)
-
-
 def _add_watching(app: FastAPI, api: Api) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -327,63 +284,3 @@ def _add_watching(app: FastAPI, api: Api) -> None:
         return PlainTextResponse(
             api.served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
-
-
-def _add_errors(app: FastAPI, served: Served) -> None:
-    def refuse(status: int, message: str, kind: str, **more: Any) -> JSONResponse:
-        headers = more.pop("headers", None)
-        return JSONResponse(error_body(message, kind=kind, **more), status, headers=headers)
-
-    def busy(message: str, seconds: float, status: int) -> JSONResponse:
-        kind = "server_error" if status == 503 else "rate_limit_error"
-        return refuse(status, message, kind, headers={"Retry-After": str(math.ceil(seconds))})
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(place) or None
-        served.metrics.refused("invalid")
-        reason = first["msg"]
-        if place and place[0] in NEUTRAL_ONLY:
-            reason = f"this server can't honour it ({reason}): leave it out"
-        message = f"{param}: {reason}" if param else f"the request: {reason}"
-        return refuse(400, message, "invalid_request_error", param=param)
-
-    @app.exception_handler(ToolkitError)
-    async def mistaken(_: Request, error: ToolkitError) -> JSONResponse:
-        served.metrics.refused("invalid")
-        param, code = getattr(error, "param", None), getattr(error, "code", None)
-        status = 404 if code == "model_not_found" else 400
-        return refuse(status, str(error), "invalid_request_error", param=param, code=code)
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
-        code = "invalid_api_key" if error.status_code == 401 else None
-        headers = dict(error.headers or {})
-        if error.status_code == 401:
-            served.metrics.refused("key")
-            headers["WWW-Authenticate"] = "Bearer"
-        return refuse(error.status_code, str(error.detail), kind, code=code, headers=headers)
-
-    @app.exception_handler(EngineBusy)
-    async def queue_full(_: Request, error: EngineBusy) -> JSONResponse:
-        served.metrics.refused("queue_full")
-        return busy(str(error), error.retry_after_seconds, 503)
-
-    @app.exception_handler(EngineStopped)
-    async def stopped(_: Request, error: EngineStopped) -> JSONResponse:
-        return busy(str(error), 5, 503)
-
-    @app.exception_handler(TooMany)
-    async def too_many(_: Request, error: TooMany) -> JSONResponse:
-        return busy(str(error), 1, 429)
-
-    @app.exception_handler(Failed)
-    async def failed(_: Request, error: Failed) -> JSONResponse:
-        return refuse(error.status, str(error), "server_error")
-
-    @app.exception_handler(ClientGone)
-    async def gone(_: Request, error: ClientGone) -> Response:
-        return Response(status_code=499)  # nobody reads it

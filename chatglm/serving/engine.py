@@ -283,4 +283,3 @@ class Engine:
         for row in list(self._rows):
             self._end(row, Update(error=reason, error_status=503))
         self._show_load()
-

@@ -214,7 +214,7 @@ def sampling_of(
     """The rules asked for; the released chat's where None. A temperature of 0 is greedy."""
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k,
              "repetition_penalty": repetition_penalty}  # fmt: skip
-    asked = {name: value for name, value in given.items() if value is not None}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if temperature is not None and temperature < 1e-3:  # 0, or so little that it is the same
         return Sampling(do_sample=False, **{**asked, "temperature": 1.0})
     return Sampling(**asked)

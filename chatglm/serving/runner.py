@@ -130,9 +130,8 @@ class PlainRunner:
         if firsts[0]:
             table = padded([row.pages for row in rows], device)
             num_keys = max(firsts) + 1
-        self.cache.place(
-            Places(*torch.tensor(places, device=device), table=table, num_keys=num_keys)
-        )
+        numbers, columns, pages, offsets = torch.tensor(places, device=device)
+        self.cache.place(Places(numbers, columns, pages, offsets, table, num_keys))
 
     def _choose(self, rows: Sequence[Row], scores: Tensor) -> None:
         likeliest = guard_scores(scores.float()).argmax(dim=-1).tolist()

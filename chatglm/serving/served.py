@@ -36,11 +36,11 @@ class Served:
         self.adapters = _adapters_by_name(model, settings.served_model_name)
         """{name of a model in requests: adapter that answers, None for the bare weights}"""
         self.created = int(time.time())
-        plain = plain_model(model)
+        plain: Any = plain_model(model)
         if len(self.adapters) > 1:
             plain = with_row_adapters(model)
-        self.config = plain.config
-        longest = self.config.max_sequence_length
+        self.config: Any = plain.config
+        longest: int = self.config.max_sequence_length
         asked = settings.max_total_tokens
         if asked is not None and asked > longest:
             raise ToolkitError(f"max_total_tokens {asked}: this model reads at most {longest}")
@@ -57,14 +57,14 @@ class Served:
                 prefill_tokens=settings.prefill_tokens,
                 num_virtual=self.config.pre_seq_len or 0,
             ),
-            decode=tokenizer.decode,
+            decode=tokenizer.decode,  # type: ignore[arg-type]  # of one list, one text
             eos_token_ids=[self.config.eos_token_id],
             most_waiting=settings.max_waiting,
             metrics=self.metrics,
         )
 
     def _num_pages(self, model: Any) -> int:
-        virtual = self.config.pre_seq_len or 0
+        virtual: int = self.config.pre_seq_len or 0
         of_longest = -(-(self.most_tokens + virtual) // PAGE_TOKENS)
         wanted = of_longest * self.settings.max_running
         asked, each = self.settings.kv_cache_tokens, bytes_per_page(model)

@@ -82,7 +82,7 @@ def _why_not_beside_others(config: Any) -> str | None:
     return "changes biases" if config.bias != "none" else None
 
 
-def _stacked(module: nn.Module, path: str, adapters: RowAdapters) -> RowLinear:
+def _stacked(module: Any, path: str, adapters: RowAdapters) -> RowLinear:
     if not isinstance(module, LoraLayer) or not hasattr(module.get_base_layer(), "in_features"):
         raise ToolkitError(f"adapters on {path}, a {type(module).__name__}, can't be served mixed")
     parts = [_down_and_up(module, name) for name in adapters.names]
