@@ -7,6 +7,7 @@ python infer_api.py --checkpoint ./law/last --adapters '{"poems": "./poems/best"
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -46,16 +47,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     which, serve = parse_settings(groups, argv, description="Serve a model over HTTP.")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     keys = read_keys(serve.api_keys_file, os.environ)
-    app = build_app(load(which, serve), keys)
+    bound = bind(serve)
     if serve.host not in ("127.0.0.1", "::1", "localhost") and not keys:
         print(f"warning: anybody who reaches {serve.host} can use this server: set api_keys_file")
-    uvicorn.run(
-        app,
-        host=serve.host,
-        port=serve.port,
+    config = uvicorn.Config(
+        build_app(load(which, serve), keys),
         timeout_graceful_shutdown=round(serve.grace_seconds),
         server_header=False,
     )
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def bind(serve: ServeSettings) -> socket.socket:
+    """The address, taken before anything is loaded."""
+    kind = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+    bound = socket.socket(kind, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((serve.host, serve.port))
+    except OSError as error:
+        raise ToolkitError(
+            f"host {serve.host}, port {serve.port}: can't listen there ({error.strerror}): choose"
+            " another --port, or stop what has it"
+        ) from None
+    return bound
 
 
 def load(which: ServedSettings, serve: ServeSettings) -> Served:

@@ -4,6 +4,7 @@ The rules themselves are transformers' logits processors; here stand their order
 the released chat, and its guard against broken scores.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ from .errors import ToolkitError
 GUARD_TOKEN = 5
 """Chosen where a row's scores hold NaN or inf, as the released InvalidScoreLogitsProcessor does."""
 
+LEAST_TEMPERATURE, LEAST_PENALTY = 1e-6, 1e-3
+"""Scores divided by less than both could leave fp32."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,13 +39,18 @@ class Sampling:
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
             raise ToolkitError(f"top_p {self.top_p}: allowed is above 0 up to 1")
-        if self.do_sample and not self.temperature > 0:
+        if self.do_sample and not LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise ToolkitError(
-                f"temperature {self.temperature}: must be above 0; for the likeliest token at"
-                " every step set do_sample to false"
+                f"temperature {self.temperature}: allowed is {LEAST_TEMPERATURE} and above; for the"
+                " likeliest token at every step set do_sample to false"
             )
-        if self.top_k < 0 or not self.repetition_penalty > 0:
-            raise ToolkitError("top_k must be at least 0 (off), repetition_penalty above 0")
+        if self.top_k < 0:
+            raise ToolkitError(f"top_k {self.top_k}: allowed is 0 (off) and above")
+        if not LEAST_PENALTY <= self.repetition_penalty < math.inf:
+            raise ToolkitError(
+                f"repetition_penalty {self.repetition_penalty}: allowed is {LEAST_PENALTY} and"
+                " above; 1 is off"
+            )
 
     def processors(self) -> LogitsProcessorList:
         """The processors in transformers' order: penalty, temperature, top-k, top-p."""

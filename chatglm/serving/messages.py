@@ -101,7 +101,7 @@ class _Generation(_Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     top_k: Annotated[int, Field(ge=0, le=1024)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     # Neutral values only.
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
