@@ -70,6 +70,8 @@ class CapturedStep:
     """
 
     UNWRITTEN = -1
+    is_ring = False
+    """See ops.sample."""
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class CapturedStep:
         self.rows, self.room = rows, room
         self.sequences = rows if sequences is None else sequences
         heads, width = config.num_attention_heads, config.hidden_size
-        self.cache = StepCache(model, rows=self.sequences, room=room, bits=cache_bits)
+        self.cache: Any = self._make_cache(model, cache_bits)
         self.counts = Counts.zeros(rows, device)
         self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
         positions = config.max_sequence_length + rows  # drafts may go past the end
@@ -105,8 +107,15 @@ class CapturedStep:
         self.mixed = torch.empty(rows, 3 * width, dtype=dtype, device=device)
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
-        self._norms_within = rows <= NORM_ROWS and products.supports_norm(rows, width, device)
+        self._norms_within = self._norm_fits(rows)
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _norm_fits(self, rows: int) -> bool:
+        width, device = self.hidden.shape[1], self.tokens.device
+        return rows <= NORM_ROWS and products.supports_norm(rows, width, device)
+
+    def _make_cache(self, model: Any, bits: int) -> Any:
+        return StepCache(model, rows=self.sequences, room=self.room, bits=bits)
 
     @property
     def model(self) -> Any:
@@ -162,12 +171,10 @@ class CapturedStep:
         rules = (sampling.top_p, 1 / temperature, sampling.repetition_penalty)
         draw.rules.copy_(torch.tensor(rules, device=device).expand(self.rows, 3))
         # The row's number is the stream: rows of one seed draw apart.
-        numbers = torch.arange(self.rows, dtype=torch.int64)
-        words = torch.stack((torch.full_like(numbers, seed % 2**32), numbers), dim=1)
-        draw.seeds.copy_(torch.where(words >= 2**31, words - 2**32, words))
+        draw.seeds.copy_(seed_words([(seed, row) for row in range(self.rows)]))
         draw.seen.zero_()
         if sampling.repetition_penalty != 1.0:
-            draw.seen.copy_(_bits(so_far, draw.seen.shape[1]))
+            draw.seen.copy_(token_bits(so_far, draw.seen.shape[1]))
 
     def first_token(self) -> None:
         """Choose a token of each row from the prompts' scores."""
@@ -319,6 +326,7 @@ class CapturedStep:
             embedding=self.model.transformer.word_embeddings.weight,
             hidden=self.hidden,
             guard_token=GUARD_TOKEN,
+            is_ring=self.is_ring,
         )
 
 
@@ -376,7 +384,13 @@ def forget_steps() -> None:
     _STEPS.clear()
 
 
-def _bits(token_ids: Tensor, words: int) -> Tensor:
+def seed_words(pairs: list[tuple[int, int]]) -> Tensor:
+    """(B, 2) int32 of seeds and streams, each 32 bits of any sign."""
+    words = torch.tensor(pairs, dtype=torch.int64) % 2**32
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def token_bits(token_ids: Tensor, words: int) -> Tensor:
     """(B, words) int32 with a bit set for each of token_ids (B, T)."""
     marks = torch.zeros(len(token_ids), words * 32, dtype=torch.int64, device=token_ids.device)
     marks.scatter_(1, token_ids.clamp(max=words * 32 - 1), 1)

@@ -7,6 +7,7 @@ from torch import nn
 
 from .kernels import ops, products
 from .quantization.linear import QuantizedLinear
+from .row_adapters import RowLinear
 
 
 def reason_against(model: Any) -> str | None:
@@ -63,7 +64,9 @@ def linears_of(layers: Any) -> list[Any]:
 
 
 def stored_linear(linear: Any) -> Any:
-    """The linear itself, or the one under PEFT's LoRA; None where it is of another kind."""
+    """The linear itself, or the one under adapters; None where it is of another kind."""
+    if isinstance(linear, RowLinear):
+        linear = linear.linear
     if type(linear).__module__.startswith(("peft.tuners.lora", "peft.tuners.adalora")):
         linear = linear.base_layer
     return linear if type(linear) in (nn.Linear, QuantizedLinear) else None

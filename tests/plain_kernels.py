@@ -39,7 +39,11 @@ def _see(query, keys, values):
 
 
 def attention(mixed, keys, values, rotary, *, lengths, text_positions, first_blocks, workspace,
-              out, scales=None):  # fmt: skip
+              out, scales=None, pages=None):  # fmt: skip
+    if pages is not None:
+        _paged_attention(mixed, keys, values, rotary, lengths, text_positions, first_blocks,
+                         workspace, out, pages)  # fmt: skip
+        return
     rows, heads = keys.shape[:2]
     q, k, v = mixed.view(rows, heads, -1).chunk(3, dim=-1)
     angles = _angles(rotary, text_positions.long(), (lengths - first_blocks).long())
@@ -56,6 +60,20 @@ def attention(mixed, keys, values, rotary, *, lengths, text_positions, first_blo
         if scales is not None:
             seen = [x * scales[part, row, :, : length + 1, None] for part, x in enumerate(seen)]
         out[row] = _see(q[row], *seen).flatten()
+
+
+def _paged_attention(mixed, keys, values, rotary, lengths, text, first_blocks, workspace, out,
+                     pages):  # fmt: skip
+    for row, length in enumerate(lengths.tolist()):
+        used = pages[row, : length // 64 + 1].long()
+        both = (x[used].transpose(0, 1).flatten(1, 2)[None] for x in (keys, values))
+        rows_keys, rows_values = both
+        one = slice(row, row + 1)
+        attention(mixed[one], rows_keys, rows_values, rotary, lengths=lengths[one],
+                  text_positions=text[one], first_blocks=first_blocks[one], workspace=workspace,
+                  out=out[one])  # fmt: skip
+        for stored, new in ((keys, rows_keys), (values, rows_values)):
+            stored[used[-1], :, length % 64] = new[0, :, length]
 
 
 def attention_of_drafts(query, keys, values, *, lengths, workspace, out):
@@ -79,16 +97,21 @@ def rotate(mixed, positions, keys, values, rotary, *, offset):
     return apply_rotary(q, *angles).transpose(1, 2).contiguous()
 
 
-def sample(scores, draw, *, tokens, lengths, steps, history, embedding, hidden, guard_token):
-    """Greedy only."""
-    assert (draw.top_k == 1).all()
-    chosen = scores.argmax(dim=-1)
-    tokens.copy_(chosen)
+def sample(scores, draw, *, tokens, lengths, steps, history, embedding, hidden, guard_token,
+           is_ring=False):  # fmt: skip
+    """Greedy only, but for a made-up draw by seed and length."""
     for row, step in enumerate(steps.tolist()):
-        history[step, row] = chosen[row]
-    hidden.copy_(embedding[chosen])
-    steps += 1
-    lengths += 1
+        if is_ring and step < 0:
+            continue
+        chosen = int(scores[row].argmax())
+        if draw.top_k[row] > 1:
+            number = int(draw.seeds[row, 0]) + int(lengths[row])
+            chosen = int(scores[row].topk(int(draw.top_k[row])).indices[number % draw.top_k[row]])
+        tokens[row] = chosen
+        history[step % len(history) if is_ring else step, row] = chosen
+        hidden[row] = embedding[chosen]
+        steps[row] += 1
+        lengths[row] += 1
 
 
 class Stream:

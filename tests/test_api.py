@@ -38,7 +38,7 @@ def plain(folder):
 
 
 @contextlib.contextmanager
-def running(model, tokenizer, *, keys=(), runner=None, **limits):
+def running(model, tokenizer, *, keys=(), runner=None, waits=True, **limits):
     """(served, address) of a server in a thread of this process."""
     served = Served(model, tokenizer, ServeSettings(kv_cache_tokens=4096, **limits))
     if runner is not None:
@@ -50,7 +50,7 @@ def running(model, tokenizer, *, keys=(), runner=None, **limits):
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{port}"
-    wait_until(lambda: is_ready(address))
+    wait_until(lambda: is_ready(address) if waits else server.started)
     try:
         yield served, address
     finally:
@@ -459,8 +459,25 @@ def test_prompts_are_logged_only_if_that_is_asked_for(plain, caplog):
     caplog.set_level("INFO", logger="chatglm")
     for asks in (False, True):
         with running(*plain, log_prompts=asks) as (_, address):
-            httpx.post(f"{address}/v1/chat/completions", json=asked("秘密"), timeout=30)
-        assert ("秘密" in caplog.text) is asks
+            for stream in (False, True):
+                body = asked("秘密", stream=stream)
+                httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
+        assert caplog.text.count("秘密") == (2 if asks else 0)
+
+
+class Broken(PlainRunner):
+    """A runner that can do nothing."""
+
+    def start(self, rows):
+        raise ZeroDivisionError("broken")
+
+
+def test_a_warming_up_that_fails_is_said(plain):
+    broken = Broken(plain[0], num_pages=64)
+    with running(*plain, runner=broken, waits=False) as (_, address):
+        wait_until(lambda: "reason" in httpx.get(f"{address}/ready").json())
+        answer = httpx.get(f"{address}/ready")
+        assert answer.status_code == 503 and "broken" in answer.json()["reason"]
 
 
 def test_limits_that_can_not_be_are_refused_before_anything_is_served(plain):

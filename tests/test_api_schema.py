@@ -52,4 +52,3 @@ def test_no_request_breaks_the_server(schema, path, method, mode):
 
     try_it()
     assert (200 if mode == "POSITIVE" else 400) in seen
-

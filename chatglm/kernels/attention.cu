@@ -5,6 +5,8 @@
 // Compiled for MOST_KEYS, the room of the cache that is looked at. With DRAFTS the rows are tokens of
 // one sequence that follow each other; their query comes turned, and their keys and values stand in
 // the cache already (rotate.cu). With CACHE8 the cache is int8, with a scale for each key and value.
+// With PAGED the cache is pages of KEYS keys (pages, H, KEYS, D), and a row's are named in a table
+// (rows, SPLITS): a block has a page.
 
 #define D 128
 #define KEYS 64
@@ -60,7 +62,8 @@ DEVICE float rotated(const u16* head, int i, float cosine, float sine) {
 extern "C" __global__ void __launch_bounds__(THREADS) attention(
     const u16* mixed, Stored* keys, Stored* values, float* scales, const float* cosines,
     const float* sines, const int* lengths, const int* text_positions, const int* first_blocks,
-    float* parts, int* counters, u16* out, int sequences, int heads, int capacity, float scale) {
+    float* parts, int* counters, u16* out, int sequences, int heads, int capacity, float scale,
+    const int* pages) {
     let_next_start();
     const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z, i = threadIdx.x;
 #ifdef DRAFTS
@@ -68,20 +71,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(
     const int length = __ldcg(lengths) + row, cached = length + 1, sequence = 0;
 #else
     const int length = __ldcg(lengths + row);  // of the cache, the new token not counted
-    const int cached = length, sequence = row;
+    const int cached = length;
+#ifndef PAGED
+    const int sequence = row;
+#endif
 #endif
     const int first = split * KEYS;
     if (first > length) return;
+#ifdef PAGED
+    const int sequence = __ldcg(pages + row * SPLITS + split), skipped = first;
+#else
+    const int skipped = 0;
+#endif
     __shared__ float query[D], new_key[D], new_value[D], sums[THREADS / 32][D];
     __shared__ float scores[KEYS], warp_weights[THREADS / 32];
     __shared__ bool is_last;
     const int lane = i % 16, slot = i / 16;
-    const long long place = ((long long)sequence * heads + head) * capacity * D;
+    const long long place = (((long long)sequence * heads + head) * capacity - skipped) * D;
     // All of the block's keys and values are asked for before anything else.
     Eight k[STEPS], v[STEPS];
     float k_scales[STEPS], v_scales[STEPS];  // all 1 but for CACHE8
 #ifdef CACHE8
-    float* own_scales = scales + ((long long)sequence * heads + head) * capacity;
+    float* own_scales = scales + ((long long)sequence * heads + head) * capacity - skipped;
     const long long to_values = (long long)sequences * heads * capacity;
 #endif
 #pragma unroll

@@ -54,22 +54,25 @@ def attention(
     workspace: AttentionWorkspace,
     out: Tensor,
     scales: Tensor | None = None,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """One new token a row over its cache: (B, 3 H D), query, key and value per head, to (B, H D).
 
     keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
     sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
     lengths - first_blocks (B,). scales (2, B, H, capacity) fp32: keys and values are int8, and to
-    be multiplied with these.
+    be multiplied with these. pages (B, splits of the workspace) int32: keys and values are pages
+    of 64, (pages, H, 64, D), and these are the rows'.
     """
-    rows, heads, capacity, width = keys.shape
-    flags = {"BF16": mixed.dtype == torch.bfloat16, "CACHE8": scales is not None}
+    sequences, heads, capacity, width = keys.shape
+    flags = {"BF16": mixed.dtype == torch.bfloat16, "CACHE8": scales is not None,
+             "PAGED": pages is not None}  # fmt: skip
     kernel = _attention_kernel(mixed.device.index, workspace, flags)
     kernel.launch(
-        (workspace.splits, heads, rows),
+        (workspace.splits, heads, mixed.shape[0]),
         _ATTENTION_THREADS,
         [mixed, keys, values, scales, *rotary, lengths, text_positions, first_blocks,
-         workspace.parts, workspace.counters, out, rows, heads, capacity, width**-0.5],
+         workspace.parts, workspace.counters, out, sequences, heads, capacity, width**-0.5, pages],
     )  # fmt: skip
     return out
 
@@ -100,7 +103,7 @@ def attention_of_drafts(
         (workspace.splits, heads, query.shape[2]),
         _ATTENTION_THREADS,
         [query, keys, values, None, None, None, lengths, None, None, workspace.parts,
-         workspace.counters, out, 1, heads, capacity, width**-0.5],
+         workspace.counters, out, 1, heads, capacity, width**-0.5, None],
     )  # fmt: skip
     return out
 
@@ -131,15 +134,19 @@ def sample(
     embedding: Tensor,
     hidden: Tensor,
     guard_token: int,
+    is_ring: bool = False,
 ) -> None:
     """The next token of each row from scores (B, V).
 
     Written: tokens (B,), history (steps, B) at the row's step, the token's row of embedding (V, K)
     to hidden (B, K); steps and lengths (B,) count on; all int32. A row with NaN or inf among its
-    scores gets guard_token.
+    scores gets guard_token. is_ring: after the last line of the history comes its first again, a
+    row whose step is below 0 is left as it is, and a row is drawn by its length and not its step,
+    which is that of all; history may be some columns of a wider one.
     """
     rows, vocabulary = scores.shape
-    defines = ("BF16",) if scores.dtype == torch.bfloat16 else ()
+    ring = (f"RING={len(history)}", f"HISTORY_ROWS={history.stride(0)}") if is_ring else ()
+    defines = (*ring, *(("BF16",) if scores.dtype == torch.bfloat16 else ()))
     kernel = get_kernel("sample", scores.device.index, defines)
     kernel.launch(
         (rows, 1, 1),

@@ -5,6 +5,9 @@
 // largest ones: k scores at least reach the k-th of those, and few more do. Drawing is by Philox
 // 4x32-10 (Salmon et al. 2011) from a row's seed and step, so that a row's tokens do not depend on
 // what else runs.
+//
+// With RING, the number of lines of a history that begins anew after its last one, of HISTORY_ROWS
+// each, rows come and go: a row of a step below 0 is left as it is, and drawing is by a row's length.
 
 #define THREADS 1024
 #define NO_KEY 0ull
@@ -243,6 +246,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     __shared__ float sums[33];
     __shared__ int count, is_broken;
     const int row = blockIdx.x, i = threadIdx.x, step = steps[row], top_k = top_ks[row];
+#ifdef RING
+    if (step < 0) {
+        wait_for_previous();
+        let_next_start();
+        return;
+    }
+    const int counter = lengths[row], place_in_history = step % RING * HISTORY_ROWS + row;
+#else
+    const int counter = step, place_in_history = step * gridDim.x + row;
+#endif
     const float top_p = rules[row * 3], inverse_temperature = rules[row * 3 + 1];
     u32* marks = seen + (long long)row * (vocabulary / 32);
     const Scores mine = {(const uint4*)(scores + (long long)row * vocabulary), marks,
@@ -274,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
         __syncthreads();
         token = count;
     } else {
-        const float chance = uniform(seeds[row * 2], seeds[row * 2 + 1], step);
+        const float chance = uniform(seeds[row * 2], seeds[row * 2 + 1], counter);
         token = draw(mine, best, vocabulary, top_k, top_p, inverse_temperature, chance, shared,
                      sums, &count);
     }
@@ -282,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
         ((uint4*)hidden)[row * (width / 8) + v] = ((const uint4*)embedding)[(long long)token * (width / 8) + v];
     if (i == 0) {
         tokens[row] = token;
-        history[step * gridDim.x + row] = token;
+        history[place_in_history] = token;
         marks[token / 32] |= 1u << token % 32;
         steps[row] = step + 1;
         lengths[row] += 1;

@@ -6,7 +6,8 @@ import hmac
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Security
@@ -19,6 +20,7 @@ from ..prompts import build_prompt
 from ..sampling import Sampling
 from .bodies import LimitBodies
 from .chat_page import add_page
+from .engine import EngineStopped
 from .messages import (
     BadRequest,
     ChatRequest,
@@ -54,6 +56,8 @@ class Api:
     def __init__(self, served: Served, keys: Sequence[str] = ()):
         self.served, self.settings = served, served.settings
         self.is_ready = False
+        self.failure: str | None = None
+        """Why it will not be ready."""
         self._keys = [key.encode() for key in keys]
         self._running: Counter[str] = Counter()  # requests of each client
 
@@ -80,7 +84,12 @@ class Api:
         most = min(WARM_UP_TOKENS, self.served.most_tokens - len(prompt))
         request = self.served.request(prompt, Sampling(), most_tokens=max(most, 1), seed=0)
         started = time.monotonic()
-        await Answers(self.served.engine, [request]).whole()
+        try:
+            await Answers(self.served.engine, [request]).whole()
+        except (Failed, EngineStopped) as error:
+            self.failure = f"the warming up failed: {error}"
+            logger.error(self.failure)
+            return
         self.is_ready = True
         logger.info("ready after %.1f s of warming up", time.monotonic() - started)
 
@@ -166,7 +175,7 @@ def _add_calls(app: FastAPI, api: Api) -> None:
             (text,), _ = await while_client_is_there(request.receive, answers.whole())
         finally:
             answers.close()
-        _log(settings, client, build_prompt(body.prompt, history), [text], started)
+        _log(settings, client, [build_prompt(body.prompt, history)], started, [text])
         content = {
             "response": text,
             "history": [*history, (body.prompt, text)],
@@ -211,9 +220,10 @@ def _add_calls(app: FastAPI, api: Api) -> None:
         shape = Shape(body.model or settings.served_model_name,
                       is_chat=isinstance(body, ChatRequest))  # fmt: skip
         answers, read = api.submit(client, requests), sum(map(len, encoded))
+        log = partial(_log, settings, client, prompts, started)
         if body.stream:
             return EventStream(
-                _events(answers, shape, read, includes_usage=body.includes_usage),
+                _events(answers, shape, read, includes_usage=body.includes_usage, log=log),
                 on_close=answers.close,
                 most_seconds=settings.deadline_seconds + settings.grace_seconds,
             )
@@ -221,7 +231,7 @@ def _add_calls(app: FastAPI, api: Api) -> None:
             texts, reasons = await while_client_is_there(request.receive, answers.whole())
         finally:
             answers.close()
-        _log(settings, client, prompts[0], texts, started)
+        log(texts)
         return JSONResponse(shape.whole(texts, reasons, usage_of(read, sum(answers.num_tokens))))
 
     @app.get("/v1/models", responses={401: ERRORS[401]})
@@ -238,9 +248,15 @@ def _add_calls(app: FastAPI, api: Api) -> None:
 
 
 async def _events(
-    answers: Answers, shape: Shape, read: int, *, includes_usage: bool
+    answers: Answers,
+    shape: Shape,
+    read: int,
+    *,
+    includes_usage: bool,
+    log: Callable[[list[str]], None],
 ) -> AsyncIterator[dict[str, Any] | str | None]:
     """Those of a stream."""
+    texts = [""] * len(answers.num_tokens)
     for number in range(len(answers.num_tokens) if shape.is_chat else 0):
         yield shape.first(number)
     try:
@@ -249,19 +265,21 @@ async def _events(
                 yield None
             elif news[1].text or news[1].finish_reason:
                 number, update = news
+                texts[number] += update.text
                 yield shape.piece(number, update.text, update.finish_reason)
     except Failed as error:
         yield error_body(str(error), kind="server_error")
         return
+    log(texts)
     if includes_usage:
         yield shape.usage(usage_of(read, sum(answers.num_tokens)))
     yield "[DONE]"
 
 
-def _log(settings: Any, client: str, prompt: Any, texts: Sequence[str], started: float) -> None:
+def _log(settings: Any, client: str, prompts: Any, started: float, texts: Sequence[str]) -> None:
     if settings.log_prompts:
         seconds = time.monotonic() - started
-        logger.info("%s asked %r and was answered %r in %.2f s", client, prompt, texts, seconds)
+        logger.info("%s asked %r and was answered %r in %.2f s", client, prompts, texts, seconds)
 
 
 def _add_watching(app: FastAPI, api: Api) -> None:
@@ -276,7 +294,8 @@ def _add_watching(app: FastAPI, api: Api) -> None:
     async def ready() -> JSONResponse:
         """200 once it is warmed up."""
         is_ready = api.is_ready and api.served.engine.is_alive
-        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+        reason = {"reason": api.failure} if api.failure else {}
+        return JSONResponse({"ready": is_ready, **reason}, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:

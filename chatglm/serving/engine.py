@@ -132,6 +132,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self.runner.warm_up()
             while self._take_in():
                 self._drop_overdue()
                 self._advance()
@@ -145,8 +146,10 @@ class Engine:
         """What came in since; waits when there is nothing to do. False: the end."""
         while True:
             idle = not (self._rows or self.runner.num_uncollected)
-            if idle and self._stopping.is_set() and self._inbox.empty():
-                return False
+            if idle:
+                self._show_load()
+                if self._stopping.is_set() and self._inbox.empty():
+                    return False
             try:
                 word, row = self._inbox.get(block=idle)
             except queue.Empty:

@@ -24,6 +24,9 @@ class Runner(Protocol):
     def num_uncollected(self) -> int:
         """Passes whose tokens are still to be collected."""
 
+    def warm_up(self) -> None:
+        """Make whatever is made once, before the first row."""
+
     def start(self, rows: Sequence[Row]) -> None:
         """Read the prompts, and the answers so far, of rows that join; gives a token of each."""
 
@@ -49,6 +52,9 @@ class PlainRunner:
     def num_uncollected(self) -> int:
         """Passes whose tokens are still to be collected."""
         return len(self._tokens)
+
+    def warm_up(self) -> None:
+        """Nothing is made once."""
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:

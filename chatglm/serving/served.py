@@ -1,5 +1,6 @@
 """What a server serves: a model with its engine, under its names, within its limits."""
 
+import logging
 import secrets
 import time
 from typing import Any
@@ -12,15 +13,19 @@ from ..errors import ToolkitError, nearest
 from ..paged_cache import PAGE_TOKENS, bytes_per_page
 from ..sampling import Sampling
 from ..settings import ServeSettings
+from ..supported import reason_against
 from ..tokenizer import ChatGLMTokenizer
 from ..tuning.adapters import plain_model
 from ..tuning.rows import with_row_adapters
+from .captured import CapturedRunner
 from .engine import Engine
 from .messages import BadRequest
 from .metrics import Metrics
 from .request import Request
-from .runner import PlainRunner
+from .runner import PlainRunner, Runner
 from .scheduler import Scheduler
+
+logger = logging.getLogger("chatglm")
 
 BARE = "base"
 """Name of the weights without an adapter, where there are adapters."""
@@ -49,7 +54,7 @@ class Served:
         num_pages = self._num_pages(plain)
         self.metrics = Metrics(num_pages)
         self.engine = Engine(
-            PlainRunner(plain, num_pages=num_pages),
+            _runner(plain, num_pages=num_pages, most_rows=settings.max_running),
             Scheduler(
                 num_pages=num_pages,
                 page_tokens=PAGE_TOKENS,
@@ -173,6 +178,16 @@ class Served:
             self.tokenizer, query, history, max_length=max_length, max_new_tokens=None
         )
         return tuple(ids), dropped
+
+
+def _runner(model: Any, *, num_pages: int, most_rows: int) -> Runner:
+    """Captured steps where the model allows them; else its own forward pass, and why."""
+    reason = reason_against(model)
+    if reason is None:
+        return CapturedRunner(model, num_pages=num_pages, most_rows=most_rows)
+    if model.device.type == "cuda":
+        logger.warning("serving at the slower, plain pace: %s", reason)
+    return PlainRunner(model, num_pages=num_pages)
 
 
 def _adapters_by_name(model: Any, name: str) -> dict[str, str | None]:

@@ -1,11 +1,5 @@
-"""Several adapters in one batch, each row with its own.
+"""PEFT's adapters, stacked for batches in which each row has its own (row_adapters.py)."""
 
-PEFT answers with one adapter at a time, or splits a batch by adapter. Here the adapters of a linear
-stand stacked, and each row picks its own: two more batched products a linear, whatever the mixture
-(Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving").
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,41 +8,10 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ToolkitError
-
-
-class RowAdapters:
-    """Which adapter each row of the next pass has. names: of all adapters."""
-
-    def __init__(self, names: Sequence[str], device: torch.device):
-        self.names, self.device = list(names), device
-        self._numbers = {name: number for number, name in enumerate(self.names, start=1)}
-        self.index: Tensor | None = None  # (B,), 0 for the bare weights; None: all have those
-
-    def choose(self, names: Sequence[str | None]) -> None:
-        """The adapter of each row, None for the bare weights."""
-        numbers = [0 if name is None else self._numbers[name] for name in names]
-        self.index = torch.tensor(numbers, device=self.device) if any(numbers) else None
-
-
-class RowLinear(nn.Module):
-    """A linear with all adapters on it. down (N + 1, R, in), up (N + 1, out, R), number 0 zero."""
-
-    def __init__(self, linear: nn.Module, down: Tensor, up: Tensor, adapters: RowAdapters):
-        super().__init__()
-        self.linear, self.adapters = linear, adapters
-        self.register_buffer("down", down)
-        self.register_buffer("up", up)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, in) to (B, T, out)."""
-        out, index = self.linear(x), self.adapters.index
-        if index is None:
-            return out
-        down, up = self.down[index], self.up[index]  # type: ignore[index]
-        return out + (x.to(down.dtype) @ down.mT @ up.mT).to(out.dtype)
+from ..row_adapters import RowAdapters, RowLinear
 
 
 def with_row_adapters(tuned: PeftModel) -> Any:

@@ -1,0 +1,262 @@
+"""Captured steps of a batch that rows join and leave, over keys and values in pages.
+
+There are buffers for the largest batch, and a graph for each of BATCHES over the first so many rows
+of them. Rows stand without gaps: when one leaves, the last one takes its place. A place without a
+row has a step below 0: the kernels pass it by.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import ops
+from .paged_cache import PAGE_TOKENS, padded
+from .prefill import read_prompts
+from .row_adapters import RowLinear
+from .sampling import Sampling
+from .steps import CapturedStep, Counts, seed_words, token_bits
+
+BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
+"""Rows of a graph: the fewest that hold a batch; beyond, in steps of the last difference."""
+HISTORY_LINES = 8
+"""Passes that may be told before the tokens of the first are looked at, and some."""
+SCRATCH_PAGE = 0
+"""Whatever is written for places without a row goes there."""
+
+
+@dataclass(frozen=True)
+class Joining:
+    """A row that joins: its prompt, which ids begins with, and its answer so far."""
+
+    ids: list[int]
+    prompt_length: int
+    pages: list[int]
+    sampling: Sampling
+    seed: int
+    adapter: int = 0
+
+
+class PagedStepCache:
+    """(layers, 2, pages, H, PAGE_TOKENS, D), with room_for_prompt and keep_prompt as StepCache."""
+
+    def __init__(self, model: Any, *, num_pages: int):
+        config, self.dtype = model.config, model.transformer.dtype
+        shape = (config.num_layers, 2, num_pages, config.num_attention_heads, PAGE_TOKENS,
+                 config.head_width)  # fmt: skip
+        self.stored = torch.zeros(shape, dtype=self.dtype, device=model.device)
+        self._places = torch.zeros(0, 0, dtype=torch.long)
+        self._room = self.stored
+
+    @property
+    def nbytes(self) -> int:
+        """Of all pages."""
+        return self.stored.nbytes
+
+    def place(self, pages: Sequence[list[int]]) -> None:
+        """Where the next prompts go; a page that a shorter one does not have is scratch."""
+        self._places = padded(list(pages), self.stored.device)
+        rows, longest = self._places.shape
+        heads, width = self.stored.shape[3], self.stored.shape[5]
+        self._room = self.stored.new_zeros(2, rows, heads, longest * PAGE_TOKENS, width)
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor, None]:
+        """Keys and values (pages, H, PAGE_TOKENS, D)."""
+        keys, values = self.stored[number]
+        return keys, values, None
+
+    def room_for_prompt(self, number: int, length: int) -> tuple[Tensor, Tensor]:
+        """Where a layer's keys and values of the prompts go first, each (B, H, room, D)."""
+        keys, values = self._room
+        return keys, values
+
+    def keep_prompt(self, number: int, keys: Tensor, values: Tensor) -> None:
+        """Put them into their pages."""
+        for part, x in enumerate((keys, values)):
+            by_page = x.unflatten(2, (-1, PAGE_TOKENS)).transpose(1, 2)
+            self.stored[number, part, self._places] = by_page
+
+
+class BatchStep(CapturedStep):
+    """A step of up to most_rows rows, each over pages of its own."""
+
+    is_ring = True
+
+    def __init__(self, model: Any, *, most_rows: int, num_pages: int):
+        """num_pages: the first of which no row may have; see SCRATCH_PAGE."""
+        self._num_pages = num_pages
+        longest = model.config.max_sequence_length + (model.config.pre_seq_len or 0)
+        super().__init__(model, rows=most_rows, room=-(-longest // PAGE_TOKENS) * PAGE_TOKENS)
+        device = model.device
+        self.history = torch.full(
+            (HISTORY_LINES, most_rows), self.UNWRITTEN, dtype=torch.int32
+        ).pin_memory()
+        self.table = torch.full((most_rows, self.workspace.splits), SCRATCH_PAGE,
+                                dtype=torch.int32, device=device)  # fmt: skip
+        self.adapters = torch.zeros(most_rows, dtype=torch.int64, device=device)
+        self.counts.steps.fill_(-1)
+        self._batches: dict[int, CapturedStep] = {}
+        for module in model.modules():
+            if isinstance(module, RowLinear):
+                module.to(model.transformer.dtype)  # products of one precision
+
+    def _make_cache(self, model: Any, bits: int) -> PagedStepCache:
+        return PagedStepCache(model, num_pages=self._num_pages)
+
+    def _places(self, first: int, end: int) -> "BatchStep":
+        """This step over some of its places alone, with no graph yet."""
+        part = copy.copy(self)
+        part.rows, part.graph = end - first, None
+        for name in ("hidden", "normed", "context", "mixed", "inner", "scores", "tokens", "table",
+                     "adapters"):  # fmt: skip
+            setattr(part, name, getattr(self, name)[first:end])
+        part.history = self.history[:, first:end]
+        part.counts = Counts(*(tensor[first:end] for tensor in vars(self.counts).values()))
+        part.draw = ops.Draw(*(tensor[first:end] for tensor in vars(self.draw).values()))
+        part._norms_within = self._norm_fits(part.rows)
+        return part
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture the graphs of all batches; there may be no row yet."""
+        sizes = {batch_size(rows) for rows in range(1, self.rows + 1)}
+        for size in sorted(sizes, reverse=True):
+            self._batch(min(size, self.rows)).next_token()
+
+    @torch.inference_mode()
+    def start(self, first: int, joining: Sequence[Joining], *, number: int) -> None:
+        """Read the prompts of rows that join, at the places from first on, and choose a token.
+
+        number: of this pass, counted from 0; the tokens are in the history's line for it.
+        """
+        with self._on_device():
+            self.history[number % HISTORY_LINES] = self.UNWRITTEN
+            part = self._places(first, first + len(joining))
+            part.scores.copy_(self._read(joining))
+            part._set(joining, number)
+            part._sample()
+
+    def _read(self, joining: Sequence[Joining]) -> Tensor:
+        model, device = self.model, self.tokens.device
+        lengths = torch.tensor([len(one.ids) for one in joining], device=device)
+        input_ids = padded([one.ids for one in joining], device)
+        mask = None
+        if len({len(one.ids) for one in joining}) > 1:
+            columns = torch.arange(input_ids.shape[1], device=device)
+            mask = (columns < lengths[:, None]).long()
+        prompts = torch.tensor([one.prompt_length for one in joining], device=device)
+        self.cache.place([one.pages for one in joining])
+        if hasattr(model, "row_adapters"):
+            index = torch.tensor([one.adapter for one in joining], device=device)
+            model.row_adapters.index = index
+        hidden = read_prompts(
+            model,
+            input_ids,
+            mask,
+            self.cache,
+            self.rotary,
+            context_lengths=prompts - 1,  # up to <sop>
+            mask_positions=prompts - 2,  # [gMASK]
+        )
+        return model.lm_head(model.transformer.final_layernorm(hidden))
+
+    def _set(self, joining: Sequence[Joining], number: int) -> None:
+        """Counts and rules of these places."""
+        virtual, counts, draw = self.model.config.pre_seq_len or 0, self.counts, self.draw
+        device = self.tokens.device
+
+        def put(tensor: Tensor, values: list[Any]) -> None:
+            tensor.copy_(torch.tensor(values, dtype=tensor.dtype), non_blocking=True)
+
+        put(counts.lengths, [virtual + len(one.ids) - 1 for one in joining])  # sampling adds 1
+        put(counts.text_positions, [one.prompt_length - 2 for one in joining])
+        put(counts.first_blocks, [virtual + one.prompt_length - 2 for one in joining])
+        counts.steps.fill_(number)
+        put(self.adapters, [one.adapter for one in joining])
+        draw.seeds.copy_(seed_words([(one.seed, 0) for one in joining]))
+        put(draw.top_k, [s.top_k if s.do_sample else 1 for s in (o.sampling for o in joining)])
+        put(draw.rules, [
+            (s.top_p, 1 / s.temperature if s.do_sample else 1.0, s.repetition_penalty)
+            for s in (one.sampling for one in joining)
+        ])  # fmt: skip
+        draw.seen.zero_()
+        for place, one in enumerate(joining):
+            if one.sampling.repetition_penalty != 1.0:
+                ids = torch.tensor([one.ids], device=device)
+                draw.seen[place].copy_(token_bits(ids, draw.seen.shape[1])[0])
+            self.set_pages(place, one.pages)
+
+    def set_pages(self, place: int, pages: list[int]) -> None:
+        """The pages of the row at a place, in the order of its tokens."""
+        numbers = torch.tensor(pages, dtype=torch.int32)
+        self.table[place, : len(pages)].copy_(numbers, non_blocking=True)
+
+    def move(self, source: int, target: int) -> None:
+        """The row at source goes to target; source is without a row."""
+        for tensor in (*vars(self.counts).values(), *vars(self.draw).values(), self.tokens,
+                       self.hidden, self.table, self.adapters):  # fmt: skip
+            tensor[target].copy_(tensor[source])
+        self.clear(source)
+
+    def clear(self, place: int) -> None:
+        """No row is at a place any more."""
+        self.counts.steps[place].fill_(-1)
+        self.counts.lengths[place].fill_(0)
+        self.table[place].fill_(SCRATCH_PAGE)
+        self.adapters[place].fill_(0)
+
+    @torch.inference_mode()
+    def step(self, rows: int, *, number: int) -> None:
+        """The next token of the first so many rows, in the history's line for this pass."""
+        self.history[number % HISTORY_LINES] = self.UNWRITTEN
+        self.counts.steps[:rows].fill_(number)  # a pass of those that join counts too
+        self._batch(min(batch_size(rows), self.rows)).next_token()
+
+    def _batch(self, size: int) -> CapturedStep:
+        if size not in self._batches:
+            self._batches[size] = self._places(0, size)
+        return self._batches[size]
+
+    def tokens_of(self, first: int, rows: int, *, number: int) -> list[int]:
+        """Those of a pass, of so many places from first on."""
+        return self._places(first, first + rows).wait_for(number % HISTORY_LINES).tolist()
+
+    def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
+        ops.attention(
+            self.mixed,
+            keys,
+            values,
+            self.rotary,
+            lengths=self.counts.lengths,
+            text_positions=self.counts.text_positions,
+            first_blocks=self.counts.first_blocks,
+            workspace=self.workspace,
+            out=self.context,
+            pages=self.table,
+        )
+
+    def _product(self, x, linear, out, *, norm=None, gelu=False, alpha=None) -> None:
+        if not isinstance(linear, RowLinear):
+            super()._product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
+            return
+        base: Any = linear.linear
+        super()._product(x, base, out, norm=norm)
+        given = x if norm is None else self.normed
+        product = out + linear.added(given[:, None], self.adapters)[:, 0]
+        if gelu:
+            product = F.gelu(product, approximate="tanh")
+        if alpha is not None:
+            product = product.add_(self.normed, alpha=alpha)
+        out.copy_(product)
+
+
+def batch_size(rows: int) -> int:
+    """Rows of the graph that a batch takes."""
+    if rows <= BATCHES[-1]:
+        return next(size for size in BATCHES if size >= rows)
+    step = BATCHES[-1] - BATCHES[-2]
+    return -(-rows // step) * step

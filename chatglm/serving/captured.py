@@ -1,0 +1,93 @@
+"""The rows' passes through captured steps, on a GPU: told ahead, and collected later."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from ..batch_step import BatchStep, Joining
+from .request import Row
+
+
+class CapturedRunner:
+    """A runner (see runner.py) over batch_step.BatchStep."""
+
+    steps_ahead = 2
+
+    def __init__(self, model: Any, *, num_pages: int, most_rows: int):
+        self.step_of_batch = BatchStep(model, most_rows=most_rows, num_pages=1 + num_pages)
+        self._adapters = getattr(model, "row_adapters", None)
+        self._rows: list[Row] = []  # by their places
+        self._num_pages: list[int] = []  # of each, as the GPU knows them
+        self._told: deque[tuple[int, int, list[Row]]] = deque()  # number, first place, rows
+        self._number = 0
+
+    @property
+    def num_uncollected(self) -> int:
+        """Passes whose tokens are still to be collected."""
+        return len(self._told)
+
+    def warm_up(self) -> None:
+        """Capture all graphs, so that no request waits for one."""
+        self.step_of_batch.warm_up()
+
+    def start(self, rows: Sequence[Row]) -> None:
+        """Read the prompts, and the answers so far, of rows that join; gives a token of each."""
+        self._forget_those_that_left(rows)
+        first = len(self._rows)
+        self.step_of_batch.start(first, [self._joining(row) for row in rows], number=self._number)
+        self._rows += rows
+        self._num_pages += [len(row.pages) for row in rows]
+        self._tell(first, list(rows))
+
+    def step(self, rows: Sequence[Row]) -> None:
+        """The next token of each row."""
+        self._forget_those_that_left()
+        assert set(self._rows) == set(rows)
+        for place, row in enumerate(self._rows):
+            if len(row.pages) != self._num_pages[place]:
+                self.step_of_batch.set_pages(place, _shifted(row.pages))
+                self._num_pages[place] = len(row.pages)
+        self.step_of_batch.step(len(rows), number=self._number)
+        self._tell(0, list(self._rows))
+
+    def collect(self) -> list[tuple[Row, int]]:
+        """The tokens of the first pass that is not collected yet; waits for it."""
+        number, first, rows = self._told.popleft()
+        tokens = self.step_of_batch.tokens_of(first, len(rows), number=number)
+        return list(zip(rows, tokens, strict=True))
+
+    def _tell(self, first: int, rows: list[Row]) -> None:
+        self._told.append((self._number, first, rows))
+        self._number += 1
+        for row in rows:
+            row.num_told += 1
+
+    def _forget_those_that_left(self, joining: Sequence[Row] = ()) -> None:
+        """A row that left has no pages; the last one takes its place."""
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].pages and self._rows[place] not in joining:
+                continue
+            last = len(self._rows) - 1
+            if place == last:
+                self.step_of_batch.clear(place)
+            else:
+                self.step_of_batch.move(last, place)
+            self._rows[place], self._num_pages[place] = self._rows[last], self._num_pages[last]
+            del self._rows[last], self._num_pages[last]
+
+    def _joining(self, row: Row) -> Joining:
+        request = row.request
+        adapter = self._adapters.numbers([request.adapter])[0] if self._adapters else 0
+        return Joining(
+            row.text_ids,
+            len(request.prompt),
+            _shifted(row.pages),
+            request.sampling,
+            request.seed,
+            adapter,
+        )
+
+
+def _shifted(pages: list[int]) -> list[int]:
+    """As the step numbers them, whose first one is scratch."""
+    return [1 + page for page in pages]
