@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from .test_api import is_ready, wait_until
+
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README_zh.md")
 MORE_SCRIPTS = (
-    "infer_lora_finetuning.py", "evaluate.py", "convert_checkpoint.py", "data_utils.py",
-    "data/alpaca2qa.py",
+    "infer_lora_finetuning.py", "infer_api.py", "evaluate.py", "convert_checkpoint.py",
+    "data_utils.py", "data/alpaca2qa.py",
 )  # fmt: skip
 SET_UP = ("make", "python3 -m venv", ".venv/bin/pip", ".venv/bin/python -m pytest")
 
@@ -32,7 +34,7 @@ def commands(name):
 def test_every_file_of_the_map_exists_and_every_script_is_in_it(name):
     text = ROOT.joinpath(name).read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
-    assert all(ROOT.joinpath(path).exists() for path in listed)
+    assert all(ROOT.joinpath(path).exists() for path in listed if not path.startswith("--"))
     assert {path.name for path in ROOT.glob("*.py")} <= listed
 
 
@@ -84,6 +86,31 @@ def test_the_road_of_the_readme_ends_in_the_right_answers(tmp_path):
     route = next(text for line, text in outputs.items() if "从南京到上海的路线" in line)
     assert "1. 坐高铁：从南京南站" in route
     assert "2. 自驾：走G42沪蓉高速" in route
+    check_the_server(tmp_path)
     rounds = next(text for line, text in outputs.items() if line.startswith("printf"))
     assert "答：南京最有名的小吃有盐水鸭、鸭血粉丝汤和小笼包" in rounds
     assert "答：盐水鸭先用炒热的花椒盐" in rounds
+
+
+def check_the_server(folder):
+    """The section about serving: its commands, and its Python."""
+    block = next(block for block in blocks("README.md", "") if "infer_api.py" in block)
+    started, *calls = block.replace(".venv/bin/python", shlex.quote(sys.executable)).splitlines()
+    code = next(block for block in blocks("README.md", "python") if "openai" in block)
+    with open(folder / "server.log", "w", encoding="utf-8") as log:
+        server = subprocess.Popen(
+            shlex.split(started), cwd=folder, stdout=log, stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        wait_until(lambda: is_ready("http://127.0.0.1:56780"), seconds=60)
+        for call in calls:
+            done = subprocess.run(call, shell=True, capture_output=True, text=True, check=True)
+            assert "1. 坐高铁：从南京南站" in done.stdout or "data: [DONE]" in done.stdout
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith("南京最有名的小吃有盐水鸭")
+    finally:
+        server.terminate()
+        server.wait(30)
