@@ -234,6 +234,53 @@ def test_attention_over_a_cache_of_int8():
         assert error(out[row].view(heads, 1, WIDTH), expected) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_attention_over_pages_is_that_over_whole_rows(dtype):
+    heads, room = 32, 512
+    lengths = torch.tensor([0, 63, 64, 300, 511], dtype=torch.int32, device="cuda")
+    rows, splits = len(lengths), room // 64
+    whole = [random(rows, heads, room, WIDTH, dtype=dtype) for _ in range(2)]
+    pages = 1 + torch.randperm(rows * splits, device="cuda").view(rows, splits)
+    paged = [poisoned(1 + rows * splits, heads, 64, WIDTH, dtype=dtype) for _ in range(2)]
+    for to, x in zip(paged, whole, strict=True):
+        to[pages] = x.unflatten(2, (splits, 64)).transpose(1, 2)
+    mixed = random(rows, heads * 3 * WIDTH, dtype=dtype)
+    text = torch.full((rows,), 7, dtype=torch.int32, device="cuda")
+    outs = []
+    for keys, values, table in ((*whole, None), (*paged, pages.to(torch.int32).contiguous())):
+        outs.append(poisoned(rows, heads * WIDTH, dtype=dtype))
+        ops.attention(mixed, keys, values, rotary(), lengths=lengths, text_positions=text,
+                      first_blocks=torch.zeros_like(lengths), out=outs[-1], pages=table,
+                      workspace=ops.AttentionWorkspace(rows, heads, room, lengths.device),
+                      )  # fmt: skip
+    assert torch.equal(*outs)
+    for to, x in zip(paged, whole, strict=True):  # the new keys and values went to their pages
+        assert torch.equal(to[pages].transpose(1, 2).flatten(2, 3), x)
+    assert all(torch.isnan(to[0]).all() for to in paged)
+
+
+def test_in_a_ring_a_row_is_drawn_by_its_length_and_an_empty_place_is_passed_by():
+    scores = random(4, 130528)
+    plain = Sampler(scores, top_k=50, seed=9)
+    expected = plain.tokens_of(20)
+    ring = Sampler(scores, top_k=50, seed=9)
+    wide = torch.full((8, 6), -1, dtype=torch.int32).pin_memory()
+    history = wide[:, 1:5]
+    ring.steps.copy_(torch.tensor([30, 30, -1, 30]))
+    found = []
+    for number in range(20):
+        ops.sample(ring.scores, ring.draw, tokens=ring.tokens, lengths=ring.lengths,
+                   steps=ring.steps, history=history, embedding=ring.embedding,
+                   hidden=ring.hidden, guard_token=5, is_ring=True)  # fmt: skip
+        torch.cuda.synchronize()
+        found.append(wide[(30 + number) % 8, 1:5].clone())
+    found = torch.stack(found)
+    assert torch.equal(found[:, [0, 1, 3]], expected[:, [0, 1, 3]])
+    assert (found[:, 2] == -1).all() and (wide[:, [0, 5]] == -1).all()
+    assert ring.steps.tolist() == [50, 50, -1, 50] and ring.lengths.tolist() == [20, 20, 0, 20]
+    assert torch.isnan(ring.hidden[2]).all() and not torch.isnan(ring.hidden[[0, 1, 3]]).any()
+
+
 class Sampler:
     """Rows of scores, and the buffers that `ops.sample` fills."""
 
