@@ -81,11 +81,18 @@ def test_with_few_pages_rows_go_back_and_their_answers_are_the_same(model):
         assert engine.metrics._put_back._value.get() > 0
 
 
-def test_random_arrivals_and_cancels_leave_the_answers_and_return_the_pages(model):
-    chance = random.Random(5)
-    requests = [a_request(model, text, chance.randrange(1, 30)) for text in texts(40, seed=2)]
-    expected = [shown(model, alone(model, request)) for request in requests]
-    with serving(model, num_pages=12, most_running=8) as engine:
+@pytest.mark.parametrize("seed", range(3))
+def test_random_arrivals_and_cancels_leave_the_answers_and_return_the_pages(seed, tuned_folders):
+    chance, methods = random.Random(seed), ("lora", "rslora")
+    peft = load_tuned(tuned_folders, methods)
+    requests = [
+        a_request(peft.get_base_model(), text, chance.randrange(1, 30),
+                  adapter=chance.choice([None, "default", "rslora"]))
+        for text in texts(40, seed=2 + seed)
+    ]  # fmt: skip
+    expected = [alone_with_adapter(peft, request) for request in requests]
+    mixed = with_row_adapters(load_tuned(tuned_folders, methods))
+    with serving(mixed, num_pages=12, most_running=8) as engine:
         kept = []
         for request, text in zip(requests, expected, strict=True):
             told = Told(1)
@@ -137,27 +144,35 @@ def save(tuned, chosen, folder):
     save_trained(tuned, state, chosen, folder, tokenizer=None)
 
 
+def load_tuned(folders, methods):
+    """The first method's adapter, "default", and those of the others by their names."""
+    first, *others = methods
+    return load_for_inference(
+        folders[first], precision="32", device="cpu",
+        adapters={name: folders[name] for name in others},
+    )[0]  # fmt: skip
+
+
+def alone_with_adapter(peft, request):
+    """As PEFT answers."""
+    if request.adapter is None:
+        peft.disable_adapter_layers()
+    else:
+        peft.enable_adapter_layers()
+        peft.set_adapter(request.adapter)
+    return shown(peft.get_base_model(), alone(peft, request))
+
+
 @pytest.mark.parametrize("methods", [("lora", "rslora"), ("adalora",)])
 def test_each_row_has_its_own_adapter(methods, tuned_folders):
-    first, *others = methods
-
-    def load():
-        return load_for_inference(
-            tuned_folders[first], precision="32", device="cpu",
-            adapters={name: tuned_folders[name] for name in others},
-        )[0]  # fmt: skip
-
-    peft = load()
-    requests, expected = [], []
-    for number, text in enumerate(texts(12, seed=6)):
-        adapter = [None, "default", *others][number % (2 + len(others))]
-        requests.append(a_request(peft.get_base_model(), text, 12, adapter=adapter))
-        (peft.disable_adapter_layers if adapter is None else peft.enable_adapter_layers)()
-        if adapter is not None:
-            peft.set_adapter(adapter)
-        expected.append(shown(peft.get_base_model(), alone(peft, requests[-1])))
+    peft, names = load_tuned(tuned_folders, methods), [None, "default", *methods[1:]]
+    requests = [
+        a_request(peft.get_base_model(), text, 12, adapter=names[number % len(names)])
+        for number, text in enumerate(texts(12, seed=6))
+    ]
+    expected = [alone_with_adapter(peft, request) for request in requests]
     assert len(set(expected)) == len(expected)
-    with serving(with_row_adapters(load())) as engine:
+    with serving(with_row_adapters(load_tuned(tuned_folders, methods))) as engine:
         assert [told.text() for told in answers(engine, requests)] == expected
 
 
