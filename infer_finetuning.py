@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from chatglm.checkpoints import kind_of
 from chatglm.command_line import parse_settings, run_script
 from chatglm.errors import ToolkitError
+from chatglm.saved import kind_of
 from chatglm.settings import ChatSettings
 from chatglm.terminal import converse
 from models import load_for_inference

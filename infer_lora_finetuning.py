@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from chatglm.checkpoints import kind_of, read_settings_json
 from chatglm.command_line import parse_settings, run_script
 from chatglm.errors import ToolkitError
+from chatglm.saved import kind_of, read_settings_json
 from chatglm.settings import ChatSettings
 from chatglm.terminal import converse
 from chatglm.tuning.adapters import merge_adapter, needs_dequantising

@@ -14,7 +14,7 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
                                      chat  terminal
     3   the model and its weights    model  weights
     4   changes to a model           tuning
-    5   from and to a run's folders  sharding  checkpoints  building
+    5   from and to a run's folders  sharding  saved  checkpoints  building
     6   training                     estimates  guards  optim  cluster  watchdog  training
                                      callbacks  trainer
     6'  scores of a model            evaluation

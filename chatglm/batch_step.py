@@ -223,7 +223,9 @@ class BatchStep(CapturedStep):
 
     def tokens_of(self, first: int, rows: int, *, number: int) -> list[int]:
         """Those of a pass, of so many places from first on."""
-        return self._places(first, first + rows).wait_for(number % HISTORY_LINES).tolist()
+        part = copy.copy(self)
+        part.history = self.history[:, first : first + rows]
+        return part.wait_for(number % HISTORY_LINES).tolist()
 
     def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
         ops.attention(

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import kind_of, load_prefix, read_settings_json
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .files import read_json, recover_folder
 from .model import ChatGLMForConditionalGeneration
 from .run_settings import Settings
+from .saved import kind_of, load_prefix, read_settings_json
 from .settings import EMBEDDED_CONFIG, LARGE_MODEL
 from .tokenizer import ChatGLMTokenizer, train_tokenizer
-from .tuning.adapters import describe_adapters, load_adapters, read_adapter_config
-from .tuning.apply import apply_method
 from .weights import (
     DTYPES,
     check_tokenizer,
@@ -59,6 +57,8 @@ def build_model(settings: Settings, config: ChatGLMConfig, *, total_steps: int) 
     Raises:
         ToolkitError: if the weights can't be trained that way.
     """
+    from .tuning.apply import apply_method  # with PEFT, which a chat need not wait for
+
     torch.manual_seed(settings.train.seed)
     model = _load_to_train(settings, config)
     model.train()
@@ -214,6 +214,8 @@ def load_for_inference(
     run = read_settings_json(folder)
     under = base or run.get("model_name_or_path") or ""
     if not under and kind == "adapter":
+        from .tuning.adapters import read_adapter_config
+
         under = read_adapter_config(folder).get("base_model_name_or_path") or ""
     if not under:
         raise ToolkitError(
@@ -238,6 +240,8 @@ def load_for_inference(
         load_prefix(model, folder)
         print(f"loaded {folder}: {model.config.pre_seq_len} virtual tokens")
         return model, tokenizer
+    from .tuning.adapters import describe_adapters, load_adapters
+
     tuned = load_adapters(model, {"default": folder, **(adapters or {})})
     print(describe_adapters(tuned))
     return tuned, tokenizer

@@ -1,97 +1,31 @@
-"""What a training leaves: full weights, virtual tokens, or an adapter; saved, read back, loaded.
+"""What a training leaves: full weights, virtual tokens, or an adapter; saved, and read back.
 
-A folder says by its files what it is. Each has the settings.json of its run, so that nobody names
-a rank or the base weights twice.
+Each folder has the settings.json of its run, so that nobody names a rank or the base weights twice.
 """
 
-import contextlib
 import copy
 import os
 import shutil
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import ToolkitError
-from .files import read_json, recover_folder, replace_folder
-from .model import ChatGLMForConditionalGeneration
+from .files import replace_folder
 from .run_settings import Settings
+from .saved import PREFIX_FILE, load_prefix, readable
 from .sharding import is_split
 from .tokenizer import ChatGLMTokenizer
-from .tuning.adapters import CONFIG_FILE, adapter_state, load_adapters, save_adapter
-from .tuning.adapters import WEIGHT_FILES as ADAPTER_FILES
-from .tuning.prompt import PREFIX, add_prefix, prefix_state
-from .weights import (
-    DTYPES,
-    UNREADABLE,
-    save_folder,
-    weight_files,
-)
+from .tuning import ADAPTER_WEIGHTS
+from .tuning.adapters import adapter_state, load_adapters, save_adapter
+from .tuning.prompt import prefix_state
+from .weights import DTYPES, save_folder, weight_files
 
-PREFIX_FILE = "prefix_encoder.safetensors"
 CHECKED_POSITIONS = 64
 """The last so many of a batch have their logits compared: all would be 1 GB at 130528 rows."""
-Kind = Literal["weights", "prefix", "adapter"]
-
-
-def kind_of(folder: str) -> Kind:
-    """What a folder holds: weights, a prefix encoder alone, or a PEFT adapter.
-
-    The released p-tuning code saves its encoder as a pytorch_model.bin of that alone.
-
-    Raises:
-        ToolkitError: if there is no such folder, or none of these in it.
-    """
-    recover_folder(folder)
-    if not os.path.isdir(folder):
-        raise ToolkitError(f"{folder}: no such folder; train first: python train.py")
-    if os.path.exists(os.path.join(folder, CONFIG_FILE)):
-        return "adapter"
-    if os.path.exists(os.path.join(folder, PREFIX_FILE)):
-        return "prefix"
-    files = weight_files(folder)
-    if not files:
-        raise ToolkitError(
-            f"{folder}: neither weights (model.safetensors, pytorch_model.bin), nor a prefix"
-            f" encoder ({PREFIX_FILE}), nor an adapter ({CONFIG_FILE})"
-        )
-    names = [name for path in files for name in _tensor_names(path)] if len(files) == 1 else [""]
-    return "prefix" if all(name.startswith(PREFIX) for name in names) else "weights"
-
-
-def _tensor_names(path: str) -> list[str]:
-    with _readable(path):
-        if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        return list(torch.load(path, map_location="meta", weights_only=True, mmap=True))
-
-
-@contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """A damaged file is one line."""
-    try:
-        yield
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ToolkitError(f"{path}: can't be read ({reason}); the file is damaged") from None
-
-
-def load_prefix(model: ChatGLMForConditionalGeneration, folder: str) -> None:
-    """Give a model the prefix encoder in a folder, ours or the released code's."""
-    path = os.path.join(folder, PREFIX_FILE)
-    if not os.path.exists(path):
-        (path,) = weight_files(folder)
-    with _readable(path):
-        if path.endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    add_prefix(model, state, path)
 
 
 def save_trained(
@@ -184,10 +118,10 @@ def _trained_part(model: Any, state: dict[str, Tensor], settings: Settings) -> d
 
 def _check_tensors(expected: dict[str, Tensor], folder: str) -> None:
     """The folder's files hold just these tensors, rounded to the files' precision."""
-    alone = [os.path.join(folder, name) for name in (PREFIX_FILE, *ADAPTER_FILES)]
+    alone = [os.path.join(folder, name) for name in (PREFIX_FILE, *ADAPTER_WEIGHTS)]
     missing = set(expected)
     for path in [*weight_files(folder), *filter(os.path.exists, alone)]:
-        with _readable(path), safe_open(path, framework="pt") as file:
+        with readable(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 stored = file.get_tensor(name)
                 if name not in missing or not torch.equal(stored, expected[name].to(stored.dtype)):
@@ -251,15 +185,3 @@ class _LentWeights:
     def __exit__(self, *_: Any) -> None:
         for hook in self.hooks:
             hook.remove()
-
-
-def read_settings_json(folder: str) -> dict[str, Any]:
-    """The settings.json that a training run saved, or {} if there is none.
-
-    Raises:
-        ToolkitError: if it is not JSON.
-    """
-    path = os.path.join(folder, "settings.json")
-    if not os.path.exists(path):
-        return {}
-    return read_json(path)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .building import load_for_inference
-from .checkpoints import kind_of, save_trained
+from .checkpoints import save_trained
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .files import replace_folder
@@ -41,6 +41,7 @@ from .old_parts import (
     trained_names,
 )
 from .run_settings import Settings
+from .saved import kind_of
 from .settings import (
     AdaLoraSettings,
     DataSettings,

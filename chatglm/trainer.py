@@ -66,8 +66,14 @@ class WatchRanks(lightning.Callback):
     """Hands an error to the watchdog, which knows whether a lost rank is behind it."""
 
     def on_train_start(self, trainer, module) -> None:
-        """SIGTERM is Ctrl-C: Lightning would have all ranks meet, which hangs when one got it."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        """SIGTERM is Ctrl-C: Lightning would have all ranks meet, which hangs when one got it.
+
+        Rank 0 acts on it, and ends the others of its machine when it has saved: if they left
+        first, it might wait for them in a collective, where it hears of nothing.
+        """
+        follows = trainer.global_rank > 0 and trainer.node_rank == 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if follows else signal.default_int_handler)
 
     def on_exception(self, trainer, module, exception) -> None:
         """Before any other callback saves or says something."""

@@ -296,6 +296,20 @@ def test_adapters_are_models_of_their_own(folder, tmp_path):
             client.chat.completions.create(model="poem", **asked())
 
 
+def test_an_adapter_that_replaces_modules_is_served_alone(folder, tmp_path):
+    chosen = settings(folder, "saved modules")
+    tuned = build(chosen)
+    state = {name: tensor.detach() for name, tensor in tuned.state_dict().items()}
+    save_trained(tuned, state, chosen, str(tmp_path / "saved"), tokenizer=None)
+    model, tokenizer = load_for_inference(str(tmp_path / "saved"), precision="32", device="cpu")
+    text, _ = model.chat(tokenizer, QUESTION, do_sample=False, max_length=128, max_new_tokens=8)
+    with running(model, tokenizer) as (served, address):
+        assert list(served.adapters) == ["chatglm-6b"]
+        body = asked(temperature=0)
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30).json()
+        assert answer["choices"][0]["message"]["content"] == text
+
+
 class Slow(PlainRunner):
     """A runner with a pause before each step."""
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import chatglm.checkpoints as checkpoints
 from chatglm.building import load_for_inference
-from chatglm.checkpoints import check_saved, kind_of, read_settings_json, save_trained
+from chatglm.checkpoints import check_saved, save_trained
 from chatglm.errors import ToolkitError
 from chatglm.files import recover_folder, replace_folder
+from chatglm.saved import kind_of, read_settings_json
 from chatglm.sharding import whole_state
 from chatglm.tokenizer import ChatGLMTokenizer
 

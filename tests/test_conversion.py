@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 import chatglm.conversion as conversion
 import convert_checkpoint
 from chatglm.building import load_for_inference
-from chatglm.checkpoints import kind_of, read_settings_json
 from chatglm.command_line import run_script
 from chatglm.conversion import convert
 from chatglm.errors import ToolkitError
 from chatglm.old_files import read_old
+from chatglm.saved import kind_of, read_settings_json
 from chatglm.weights import load_pretrained
 
 from . import old_checkpoints

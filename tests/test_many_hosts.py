@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -328,10 +329,18 @@ def test_an_error_is_told_once_on_a_terminal(failing, tmp_path, command):
     assert reason in line and "Traceback" not in (tmp_path / "log").read_text()
 
 
+def send_to_the_second_first(pid, number):
+    """As when the others hear of it before rank 0, which waits for them in a collective."""
+    os.kill(psutil.Process(pid).children()[0].pid, number)
+    time.sleep(0.5)
+    os.kill(pid, number)
+
+
 @pytest.mark.parametrize(
     ("number", "send"),
     [
         (signal.SIGINT, os.killpg),  # Ctrl-C on a terminal
+        (signal.SIGINT, send_to_the_second_first),
         (signal.SIGTERM, os.kill),
     ],
 )

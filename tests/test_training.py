@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import train
 from chatglm.callbacks import LossCurve
-from chatglm.checkpoints import read_settings_json
 from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
+from chatglm.saved import read_settings_json
 from chatglm.training import ChatGLMTraining
 from chatglm.weights import load_config, load_pretrained
 from models import load_for_inference

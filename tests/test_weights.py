@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatglm.checkpoints import read_settings_json
 from chatglm.configuration import ChatGLMConfig
 from chatglm.corpus import read_paragraphs
 from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
+from chatglm.saved import read_settings_json
 from chatglm.tokenizer import train_tokenizer
 from chatglm.weights import (
     _usual_dtype,

@@ -15,8 +15,6 @@ from ..sampling import Sampling
 from ..settings import ServeSettings
 from ..supported import reason_against
 from ..tokenizer import ChatGLMTokenizer
-from ..tuning.adapters import plain_model
-from ..tuning.rows import with_row_adapters
 from .captured import CapturedRunner
 from .engine import Engine
 from .messages import BadRequest
@@ -38,12 +36,9 @@ class Served:
 
     def __init__(self, model: Any, tokenizer: ChatGLMTokenizer, settings: ServeSettings):
         self.tokenizer, self.settings = tokenizer, settings
-        self.adapters = _adapters_by_name(model, settings.served_model_name)
+        plain, self.adapters = _with_adapters(model, settings.served_model_name)
         """{name of a model in requests: adapter that answers, None for the bare weights}"""
         self.created = int(time.time())
-        plain: Any = plain_model(model)
-        if len(self.adapters) > 1:
-            plain = with_row_adapters(model)
         self.config: Any = plain.config
         longest: int = self.config.max_sequence_length
         asked = settings.max_total_tokens
@@ -190,10 +185,19 @@ def _runner(model: Any, *, num_pages: int, most_rows: int) -> Runner:
     return PlainRunner(model, num_pages=num_pages)
 
 
-def _adapters_by_name(model: Any, name: str) -> dict[str, str | None]:
+def _with_adapters(model: Any, name: str) -> tuple[Any, dict[str, str | None]]:
+    """The plain model, each row's adapters in it, and the adapters by the names in requests."""
     if not hasattr(model, "peft_config"):
-        return {name: None}
-    others = [adapter for adapter in model.peft_config if adapter != "default"]
+        return model, {name: None}
+    from ..tuning.rows import reason_against_rows, with_row_adapters  # with PEFT, which is there
+
+    reason, others = (
+        reason_against_rows(model),
+        [one for one in model.peft_config if one != "default"],
+    )
+    if reason and not others:
+        logger.info("%s: it is served alone, without a model for the bare weights", reason)
+        return model.get_base_model(), {name: None}
     for taken in (name, BARE):
         if taken in others:
             raise ToolkitError(
@@ -201,7 +205,8 @@ def _adapters_by_name(model: Any, name: str) -> dict[str, str | None]:
                 f" {'model that is served' if taken == name else 'bare weights'}: give the"
                 " adapter, or served_model_name, another"
             )
-    return {name: "default", **{other: other for other in others}, BARE: None}
+    names = {name: "default", **{other: other for other in others}, BARE: None}
+    return with_row_adapters(model), names
 
 
 def _free_bytes(device: torch.device) -> int:

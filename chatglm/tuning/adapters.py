@@ -28,9 +28,8 @@ from ..quantization.bnb import is_bitsandbytes
 from ..quantization.linear import dequantize_packed, is_packed
 from ..settings import AdaLoraSettings, LoraSettings
 from ..tying import is_shared, part_head
+from . import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 RESERVED_NAMES = {"", "none", "model", "base_model", "base_layer", "modules_to_save"}
 """What no adapter may be called: the chat's word for no adapter, and PEFT's own."""
 
@@ -232,8 +231,8 @@ def _refuse_dora(model: nn.Module) -> None:
 def _check_files(model: nn.Module, folder: str) -> None:
     if read_adapter_config(folder).get("use_dora"):
         _refuse_dora(model)
-    if not any(os.path.exists(os.path.join(folder, name)) for name in WEIGHT_FILES):
-        raise ToolkitError(f"{folder}: missing {' or '.join(WEIGHT_FILES)}")
+    if not any(os.path.exists(os.path.join(folder, name)) for name in ADAPTER_WEIGHTS):
+        raise ToolkitError(f"{folder}: missing {' or '.join(ADAPTER_WEIGHTS)}")
 
 
 def read_adapter_config(folder: str) -> dict[str, Any]:
@@ -242,7 +241,7 @@ def read_adapter_config(folder: str) -> dict[str, Any]:
     Raises:
         ToolkitError: if it can't be read, or is neither LoRA's nor AdaLoRA's.
     """
-    path = os.path.join(folder, CONFIG_FILE)
+    path = os.path.join(folder, ADAPTER_CONFIG)
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)

@@ -14,35 +14,38 @@ from ..errors import ToolkitError
 from ..row_adapters import RowAdapters, RowLinear
 
 
+def reason_against_rows(tuned: PeftModel) -> str | None:
+    """Why an adapter can't be chosen row by row, or None: it changes more than products."""
+    configs: dict[str, Any] = tuned.peft_config
+    for name, config in configs.items():
+        if getattr(config, "use_dora", False):
+            return f"adapter {name!r} is DoRA"
+        if config.modules_to_save:
+            return f"adapter {name!r} replaces {', '.join(config.modules_to_save)}"
+        if config.bias != "none":
+            return f"adapter {name!r} changes biases"
+    return None
+
+
 def with_row_adapters(tuned: PeftModel) -> Any:
     """The model under the adapters, which each row of a batch chooses from `row_adapters`.
 
     Raises:
-        ToolkitError: for an adapter that changes more than products of linears.
+        ToolkitError: if `reason_against_rows` has one.
     """
-    configs: dict[str, Any] = tuned.peft_config
-    for name, config in configs.items():
-        reason = _why_not_beside_others(config)
-        if reason:
-            raise ToolkitError(
-                f"adapter {name!r} {reason}, and can't be served beside other adapters: serve it"
-                " alone, or merge it (python infer_lora_finetuning.py --enable_merge_weight)"
-            )
+    reason = reason_against_rows(tuned)
+    if reason:
+        raise ToolkitError(
+            f"{reason}, and can't be served beside others: serve it alone, or merge it (python"
+            " infer_lora_finetuning.py --enable_merge_weight)"
+        )
     model: Any = tuned.get_base_model()
-    model.row_adapters = adapters = RowAdapters(list(configs), model.device)
+    model.row_adapters = adapters = RowAdapters(list(tuned.peft_config), model.device)
     for path, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, _stacked(module, path, adapters))
     return model
-
-
-def _why_not_beside_others(config: Any) -> str | None:
-    if getattr(config, "use_dora", False):
-        return "is DoRA"
-    if config.modules_to_save:
-        return f"replaces {', '.join(config.modules_to_save)}"
-    return "changes biases" if config.bias != "none" else None
 
 
 def _stacked(module: Any, path: str, adapters: RowAdapters) -> RowLinear:
