@@ -19,6 +19,9 @@ from chatglm.serving.keys import read_keys
 from chatglm.serving.loading import ServedSettings, check_checkpoint, load_served
 from chatglm.settings import ServeSettings
 
+OTHER_CONNECTIONS = 500
+"""Open at a time beside those that are answered."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load and serve until SIGTERM or Ctrl-C."""
@@ -34,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_app(load_served(which, serve), keys),
         timeout_graceful_shutdown=round(serve.grace_seconds),
         server_header=False,
+        proxy_headers=False,  # anybody can send them, and be another client each time
+        limit_concurrency=serve.max_running + serve.max_waiting + OTHER_CONNECTIONS,
     )
     uvicorn.Server(config).run(sockets=[bound])
 

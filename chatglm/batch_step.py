@@ -64,6 +64,10 @@ class PagedStepCache:
         heads, width = self.stored.shape[3], self.stored.shape[5]
         self._room = self.stored.new_zeros(2, rows, heads, longest * PAGE_TOKENS, width)
 
+    def forget_room(self) -> None:
+        """The prompts are read."""
+        self._room = self.stored
+
     def layer(self, number: int) -> tuple[Tensor, Tensor, None]:
         """Keys and values (pages, H, PAGE_TOKENS, D)."""
         keys, values = self.stored[number]
@@ -136,9 +140,16 @@ class BatchStep(CapturedStep):
         with self._on_device():
             self.history[number % HISTORY_LINES] = self.UNWRITTEN
             part = self._places(first, first + len(joining))
-            part.scores.copy_(self._read(joining))
-            part._set(joining, number)
-            part._sample()
+            try:
+                part.scores.copy_(self._read(joining))
+                part._set(joining, number)
+                part._sample()
+            except Exception:  # others go on, and may not pass through half a row
+                for place in range(first, first + len(joining)):
+                    self.clear(place)
+                raise
+            finally:
+                self.cache.forget_room()
 
     def _read(self, joining: Sequence[Joining]) -> Tensor:
         model, device = self.model, self.tokens.device
@@ -205,7 +216,8 @@ class BatchStep(CapturedStep):
     def clear(self, place: int) -> None:
         """No row is at a place any more."""
         self.counts.steps[place].fill_(-1)
-        self.counts.lengths[place].fill_(0)
+        for tensor in (self.counts.lengths, self.counts.text_positions, self.counts.first_blocks):
+            tensor[place].fill_(0)
         self.table[place].fill_(SCRATCH_PAGE)
         self.adapters[place].fill_(0)
 

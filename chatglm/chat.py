@@ -1,5 +1,6 @@
 """A conversation with the model, as the released `chat` and `stream_chat` hold it."""
 
+import bisect
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -30,12 +31,18 @@ def fit_prompt(
         ToolkitError: if the query alone leaves no room for an answer within max_length.
     """
     room = max_new_tokens if max_new_tokens is not None else min(ANSWER_ROOM, max_length // 8)
-    for dropped in range(len(history) + 1):
-        kept = [(q, a) for q, a in history[dropped:]]
-        ids = tokenizer.encode_prompt(build_prompt(query, kept))
-        last = dropped == len(history)
-        if len(ids) + (1 if last and max_new_tokens is None else room) <= max_length:
-            return ids, dropped
+
+    def encoded(dropped: int) -> list[int]:
+        return tokenizer.encode_prompt(build_prompt(query, history[dropped:]))
+
+    def fits(dropped: int) -> bool:
+        return len(encoded(dropped)) + room <= max_length
+
+    dropped = bisect.bisect_left(range(len(history)), True, key=fits)
+    ids = encoded(dropped)
+    alone = dropped == len(history) and max_new_tokens is None  # any answer is better than none
+    if len(ids) + (1 if alone else room) <= max_length:
+        return ids, dropped
     raise ToolkitError(
         f"the question is {len(ids)} tokens long; with room for an answer"
         f" ({1 if max_new_tokens is None else room}) max_length {max_length} is exceeded:"

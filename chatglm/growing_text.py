@@ -100,4 +100,5 @@ class GrowingText:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that stop begins with."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -388,7 +388,7 @@ class ServeSettings:
     def __post_init__(self):
         at_least(self, 1, "max_running", "max_waiting", "max_requests_per_client")
         at_least(self, 1, "kv_cache_tokens", "prefill_tokens", "max_body_bytes")
-        at_least(self, 4, "max_total_tokens")
+        at_least(self, 16, "max_total_tokens")
         at_least(self, 0, "port", "deadline_seconds", "grace_seconds")
         if self.port > 65535:
             raise ToolkitError(f"port {self.port}: allowed is 0 (any free one) to 65535")

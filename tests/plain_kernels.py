@@ -64,6 +64,7 @@ def attention(mixed, keys, values, rotary, *, lengths, text_positions, first_blo
 
 def _paged_attention(mixed, keys, values, rotary, lengths, text, first_blocks, workspace, out,
                      pages):  # fmt: skip
+    assert (lengths >= first_blocks).all() and (text >= 0).all()  # or it reads before the tables
     for row, length in enumerate(lengths.tolist()):
         used = pages[row, : length // 64 + 1].long()
         both = (x[used].transpose(0, 1).flatten(1, 2)[None] for x in (keys, values))
@@ -103,6 +104,7 @@ def sample(scores, draw, *, tokens, lengths, steps, history, embedding, hidden, 
     for row, step in enumerate(steps.tolist()):
         if is_ring and step < 0:
             continue
+        assert 1 <= draw.top_k[row] <= ops.MOST_TOP_K
         chosen = int(scores[row].argmax())
         if draw.top_k[row] > 1:
             number = int(draw.seeds[row, 0]) + int(lengths[row])

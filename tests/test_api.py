@@ -15,6 +15,7 @@ import uvicorn
 from chatglm.building import load_for_inference
 from chatglm.checkpoints import save_trained
 from chatglm.errors import ToolkitError
+from chatglm.prompts import build_prompt
 from chatglm.serving.api import build_app
 from chatglm.serving.keys import read_keys
 from chatglm.serving.runner import PlainRunner
@@ -214,6 +215,8 @@ def test_langchain_talks_to_it(server):
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"n": 99}, "n"),
+        ({"top_k": 0}, "top_k"),
+        ({"stop": "x" * 257}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1000}, "max_tokens"),
         ({"stop": ["a"] * 5}, "stop"),
@@ -245,6 +248,32 @@ def test_neutral_values_are_taken(client):
         "top_k": 3, "repetition_penalty": 1.1,
     }  # fmt: skip
     assert client.post("/v1/chat/completions", json=asked(**neutral)).status_code == 200
+
+
+def test_an_answer_that_is_sent_back_as_it_came_is_taken(openai_client):
+    first = openai_client.chat.completions.create(model="chatglm-6b", **asked(temperature=0))
+    rounds = [{"role": "user", "content": QUESTION}, first.choices[0].message.model_dump()]
+    again = openai_client.chat.completions.create(
+        model="chatglm-6b", messages=[*rounds, {"role": "user", "content": "不与"}], max_tokens=3
+    )
+    assert again.choices[0].finish_reason
+
+
+def test_what_is_no_json_names_no_field(client):
+    answer = client.post("/", content=b'{"a":', headers={"Content-Type": "application/json"})
+    assert answer.json()["error"]["param"] is None
+    assert "not JSON (at character 5)" in answer.json()["error"]["message"]
+
+
+def test_a_long_history_is_dropped_quickly(plain, client):
+    history = [["三", "与"]] * 1000
+    started = time.monotonic()
+    answer = client.post("/", json={"prompt": QUESTION, "history": history}).json()
+    assert answer["dropped_rounds"] > 900 and time.monotonic() - started < 5
+    tokenizer, most = plain[1], answer["dropped_rounds"]
+    for dropped, fits in ((most, True), (most - 1, False)):
+        ids = tokenizer.encode_prompt(build_prompt(QUESTION, history[dropped:]))
+        assert (len(ids) + 128 // 8 <= 128) is fits
 
 
 @pytest.mark.parametrize(
@@ -383,6 +412,28 @@ def test_a_client_has_its_limit(plain):
         assert client.post("/v1/chat/completions", json=asked()).status_code == 200
 
 
+def test_no_request_asks_for_more_than_a_client_may_have(plain):
+    with running(*plain, max_requests_per_client=4) as (_, address):
+        body = {"prompt": [QUESTION] * 3, "n": 2, "max_tokens": 2}
+        answer = httpx.post(f"{address}/v1/completions", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
+
+
+def test_the_warming_up_is_in_no_metric_and_so_is_a_prompt_that_was_never_read(plain):
+    with slowly(plain, 0.2, max_running=1) as (served, client):
+        assert metric(client, "chatglm_generated_tokens_total") == 0
+        body = asked(temperature=0)
+        with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as one:
+            lines = one.iter_lines()
+            next(lines)
+            wait_until(lambda: load_of(served)[0] == 1)
+            with pytest.raises(httpx.ReadTimeout):  # it waits, and is left
+                client.post("/v1/chat/completions", json=body, timeout=0.1)
+        wait_until(lambda: load_of(served) == (0, 64))
+        prompt = len(plain[1].encode_prompt(QUESTION))
+        assert metric(client, "chatglm_prompt_tokens_total") == prompt
+
+
 def test_a_deadline_is_told_before_the_answer_and_within_it(plain):
     with slowly(plain, deadline_seconds=0.15) as (served, client):
         answer = client.post("/v1/chat/completions", json=asked(max_tokens=80, temperature=0))
@@ -430,9 +481,9 @@ def test_keys_are_asked_for_and_never_logged(plain, caplog):
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path):
     file = tmp_path / "keys"
-    file.write_text("# of the team\nalpha\n\nbeta # Bea's\n")
+    file.write_text("# of the team\nalpha\n\nbeta # Bea's\ns#1\n")
     assert read_keys(str(file), {"CHATGLM_API_KEYS": "gamma, delta"}) == [
-        "gamma", "delta", "alpha", "beta",
+        "gamma", "delta", "alpha", "beta", "s#1",
     ]  # fmt: skip
     file.write_text("# none\n")
     with pytest.raises(ToolkitError, match="holds no key"):
@@ -461,10 +512,14 @@ def metric(client, name):
 
 def test_other_origins_are_refused_unless_they_are_named(plain, client):
     asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    asks["Access-Control-Request-Headers"] = "authorization,x-stainless-lang"
     assert "access-control-allow-origin" not in client.options("/", headers=asks).headers
     with running(*plain, cors_origins=["https://a.example"]) as (_, address):
         answer = httpx.options(f"{address}/v1/chat/completions", headers=asks)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert "x-stainless-lang" in answer.headers["access-control-allow-headers"]
+        read = httpx.get(f"{address}/health", headers={"Origin": "https://a.example"})
+        assert read.headers["access-control-expose-headers"] == "Retry-After"
         other = httpx.options(f"{address}/", headers={**asks, "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
 

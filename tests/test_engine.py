@@ -176,6 +176,13 @@ def test_each_row_has_its_own_adapter(methods, tuned_folders):
         assert [told.text() for told in answers(engine, requests)] == expected
 
 
+def test_an_adapter_with_biases_of_its_own_is_refused(folder):
+    tuned = build(settings(folder, "lora"))
+    tuned.peft_config["default"].lora_bias = True
+    with pytest.raises(ToolkitError, match="changes biases"):
+        with_row_adapters(tuned)
+
+
 @pytest.mark.parametrize("method", ["dora", "biases", "saved modules"])
 def test_an_adapter_that_changes_more_than_products_is_refused(method, folder):
     with pytest.raises(ToolkitError, match=r"'default' .* serve it alone, or merge it"):

@@ -41,7 +41,7 @@ DOORS = {
     "ray": "ray_workers serving",
     "rouge_chinese": "scores",
     "rich": "showing data_utils.py",
-    "safetensors": "weights tuning checkpoints callbacks old_files conversion",
+    "safetensors": "weights tuning saved checkpoints callbacks old_files conversion",
     "sentencepiece": "pieces tokenizer",
     "starlette": "serving",
     "tqdm": "evaluation builder data_utils.py",

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +54,16 @@ def test_it_ends_before_the_first_stop_string(tokenizer, text, stops):
         assert any(whole.startswith(growing.text + stop) for stop in stops)
     else:
         assert growing.text == whole and not any(stop in whole for stop in stops)
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text_so_far():
+    growing = GrowingText(lambda ids: "1" * len(ids), ("1" * 10**6 + "2",))
+    started = time.perf_counter()
+    for _ in range(100):
+        growing.add(1)
+    assert time.perf_counter() - started < 1
+    growing.finish()
+    assert set(growing.text) == {"1"}
 
 
 def test_half_a_character_waits_for_its_other_half(tokenizer):

@@ -62,13 +62,17 @@ def test_a_long_prompt_that_does_not_fit_yet_is_not_overtaken_by_short_ones():
     assert turns.admit() == [long]
 
 
-def test_prompts_are_read_together_within_the_budget_and_a_longer_one_alone():
-    turns = scheduler(num_pages=100, prefill_tokens=10)
-    rows = [row(6, 2), row(4, 2), row(30, 2)]
+def test_prompts_are_read_together_within_the_budget_pads_included_and_a_longer_one_alone():
+    turns = scheduler(num_pages=100, prefill_tokens=12)
+    rows = [row(6, 2), row(4, 2), row(30, 2), row(5, 2), row(7, 2)]
     for one in rows:
         turns.add(one)
     assert turns.admit() == rows[:2]
-    assert turns.admit() == rows[2:]
+    assert turns.admit() == rows[2:3]
+    turns.remove(rows[0])
+    turns.remove(rows[1])
+    assert turns.admit() == rows[3:4]  # two of 7 are more than 12
+    assert turns.admit() == rows[4:]
 
 
 def test_the_row_that_came_last_goes_back_and_comes_back_before_later_ones():

@@ -21,7 +21,7 @@ from ..prompts import build_prompt
 from ..sampling import Sampling
 from .bodies import LimitBodies
 from .chat_page import add_page
-from .engine import EngineStopped
+from .engine import EngineBusy, EngineStopped
 from .messages import (
     BadRequest,
     ChatRequest,
@@ -33,6 +33,7 @@ from .messages import (
     usage_of,
 )
 from .refusals import TooMany, add_refusals
+from .request import Request as Warm
 from .served import Served
 from .streams import Answers, EventStream, Failed, while_client_is_there
 
@@ -77,19 +78,21 @@ class Api:
     def submit(self, client: str, requests: Sequence[Any]) -> "_Counted":
         """Hand requests in for a client."""
         most = self.settings.max_requests_per_client
-        if self._running[client] + len(requests) > most and self._running[client]:
+        if len(requests) > most:
+            raise BadRequest(
+                f"{len(requests)} answers are asked for at once; allowed are {most}", param="n"
+            )
+        if self._running[client] + len(requests) > most:
             raise TooMany(f"this client has {self._running[client]} requests running, of {most}")
         return _Counted(self.served, requests, self._running, client)
 
     async def warm_up(self) -> None:
         """Answer something, so that whatever is made at first use is made."""
-        prompt = self.served.encode("你好")
-        most = min(WARM_UP_TOKENS, self.served.most_tokens - len(prompt))
-        request = self.served.request(prompt, Sampling(), most_tokens=max(most, 1), seed=0)
-        started = time.monotonic()
+        prompt, started = self.served.encode("你好"), time.monotonic()
+        request = Warm(prompt, WARM_UP_TOKENS, Sampling(), is_counted=False)
         try:
             await Answers(self.served.engine, [request]).whole()
-        except (Failed, EngineStopped) as error:
+        except (Failed, EngineStopped, EngineBusy) as error:
             self.failure = f"the warming up failed: {error}"
             logger.error(self.failure)
             return
@@ -133,13 +136,16 @@ def build_app(served: Served, keys: Sequence[str] = ()) -> FastAPI:
     add_page(app)
     _add_watching(app, api)
     add_refusals(app, served.metrics)
-    app.add_middleware(LimitBodies, most_bytes=served.settings.max_body_bytes)
+    app.add_middleware(
+        LimitBodies, most_bytes=served.settings.max_body_bytes, metrics=served.metrics
+    )
     if served.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=served.settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
         )
     return app
 
@@ -165,8 +171,9 @@ def _add_calls(app: FastAPI, api: Api) -> None:
             raise BadRequest(
                 f"max_length {longest}: allowed is 2 to {served.most_tokens}", param="max_length"
             )
-        prompt, dropped = await asyncio.to_thread(
-            served.conversation, body.prompt, history, max_length=longest
+        prompt, dropped = await while_client_is_there(
+            request.receive,
+            asyncio.to_thread(served.conversation, body.prompt, history, max_length=longest),
         )
         asked = served.request(
             prompt,
@@ -208,7 +215,10 @@ def _add_calls(app: FastAPI, api: Api) -> None:
     ) -> Response:
         body.check()
         adapter, started = served.adapter(body.model), time.monotonic()
-        encoded = await asyncio.to_thread(lambda: [served.encode(prompt) for prompt in prompts])
+        encoded = await while_client_is_there(
+            request.receive,
+            asyncio.to_thread(lambda: [served.encode(prompt) for prompt in prompts]),
+        )
         requests = [
             served.request(
                 ids,
@@ -283,7 +293,7 @@ async def _events(
 def _log(settings: Any, client: str, prompts: Any, started: float, texts: Sequence[str]) -> None:
     if settings.log_prompts:
         seconds = time.monotonic() - started
-        logger.info("%s asked %r and was answered %r in %.2f s", client, prompts, texts, seconds)
+        logger.info("%r asked %r and was answered %r in %.2f s", client, prompts, texts, seconds)
 
 
 def _add_watching(app: FastAPI, api: Api) -> None:

@@ -6,6 +6,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .messages import error_body
+from .metrics import Metrics
 
 BODY_SECONDS = 30.0
 """For a request to come whole."""
@@ -14,8 +15,8 @@ BODY_SECONDS = 30.0
 class LimitBodies:
     """Reads a body, up to most_bytes of it, and only then lets the application have it."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int):
-        self.app, self.most_bytes = app, most_bytes
+    def __init__(self, app: ASGIApp, most_bytes: int, metrics: Metrics):
+        self.app, self.most_bytes, self.metrics = app, most_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -26,9 +27,11 @@ class LimitBodies:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._read(receive)
         except TimeoutError:
+            self.metrics.refused("too_slow")
             await _refuse(408, "the request did not come whole in time")(scope, receive, send)
             return
         if body is None:
+            self.metrics.refused("too_large")
             message = f"the request is larger than {self.most_bytes} bytes"
             await _refuse(413, message)(scope, receive, send)
             return

@@ -20,6 +20,8 @@ from .scheduler import Scheduler
 
 logger = logging.getLogger("chatglm")
 
+STOP_SECONDS = 10.0
+"""For a pass that runs when all is to end; a first one may be capturing graphs."""
 MOST_FAILED_STEPS = 3
 """In a row; then the card, or the model on it, is taken for broken."""
 
@@ -58,7 +60,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[str, Row | None]] = queue.SimpleQueue()
         self._rows: set[Row] = set()  # that are not over
         self._num_waiting = 0  # those in the inbox too
-        self._lock = threading.Lock()  # of the number above
+        self._has_ended = False  # nobody looks into the inbox any more
+        self._lock = threading.Lock()  # of the two above
         self._stopping = threading.Event()
         self._failed_steps = 0
         self._seconds_a_row = 1.0  # a running mean, for Retry-After
@@ -74,7 +77,7 @@ class Engine:
         self._inbox.put(("wake", None))
         self._thread.join(grace_seconds)
         self._inbox.put(("quit", None))
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     @property
     def is_alive(self) -> bool:
@@ -112,13 +115,14 @@ class Engine:
             for number, request in enumerate(requests)
         ]
         with self._lock:
-            if self._num_waiting and self._num_waiting + len(rows) > self.most_waiting:
+            if self._has_ended:
+                raise EngineStopped(self.failure or "the server is stopping")
+            places = max(self.scheduler.most_running - len(self.scheduler.running), 0)
+            if self._num_waiting + len(rows) > self.most_waiting + places:
                 raise EngineBusy(self._wait_estimate(self._num_waiting))
             self._num_waiting += len(rows)
-        for row in rows:
-            self._inbox.put(("add", row))
-        if not self._thread.is_alive():  # it ended just now
-            raise EngineStopped("the server is stopping")
+            for row in rows:
+                self._inbox.put(("add", row))
         return rows
 
     def cancel(self, rows: Sequence[Row]) -> None:
@@ -168,12 +172,16 @@ class Engine:
             self._end(row, Update(error="the deadline of the request has passed", error_status=504))
 
     def _advance(self) -> None:
-        """One pass: of the rows that join, or else a step of those that run."""
+        """The prompts of rows that join, and then a step of all."""
         scheduler, runner = self.scheduler, self.runner
         joining = scheduler.admit()
         if joining:
-            self._accept(joining)
+            new = [row for row in joining if not row.is_accepted]
+            self._accept(new)
             self._start(joining)
+            self.metrics.read_prompts(
+                sum(len(row.request.prompt) for row in new if row.request.is_counted)
+            )
             self._collect(runner.steps_ahead)
         self._leave_the_told()
         leaving = scheduler.rows_without_room()
@@ -189,12 +197,10 @@ class Engine:
 
     def _accept(self, rows: Sequence[Row]) -> None:
         """They wait no more; those that come back were counted before."""
-        new = [row for row in rows if not row.is_accepted]
-        for row in new:
+        for row in rows:
             row.is_accepted = True
         with self._lock:
-            self._num_waiting -= len(new)
-        self.metrics.read_prompts(sum(len(row.request.prompt) for row in new))
+            self._num_waiting -= len(rows)
 
     def _start(self, rows: list[Row]) -> None:
         try:
@@ -233,8 +239,10 @@ class Engine:
     def _take(self, row: Row, token: int) -> None:
         """A token of a row: its text goes out, and the row leaves if it is the last one."""
         now = time.monotonic()
-        self.metrics.token(now, since=row.arrived if row.last_token_at is None else
-                           row.last_token_at, is_first=row.last_token_at is None)  # fmt: skip
+        is_first = row.last_token_at is None
+        if row.request.is_counted:
+            since = row.arrived if row.last_token_at is None else row.last_token_at
+            self.metrics.token(now - since, is_first=is_first)
         row.last_token_at = now
         row.tokens.append(token)
         is_end = token in self._ends
@@ -259,7 +267,9 @@ class Engine:
         seconds = time.monotonic() - row.arrived
         if last is not None and last.finish_reason:
             self._seconds_a_row += 0.1 * (seconds - self._seconds_a_row)
-        self.metrics.ended("cancelled" if last is None else last.finish_reason or "error", seconds)
+        if row.request.is_counted:
+            end = "cancelled" if last is None else last.finish_reason or "error"
+            self.metrics.ended(end, seconds)
         if last is not None:
             self._deliver(row, last)
 
@@ -279,6 +289,8 @@ class Engine:
         self._end_all(reason)
 
     def _end_all(self, reason: str) -> None:
+        with self._lock:
+            self._has_ended = True
         while not self._inbox.empty():
             word, row = self._inbox.get()
             if word == "add" and row is not None:

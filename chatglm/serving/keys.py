@@ -1,10 +1,12 @@
 """API keys, from a file or the environment; they are never printed."""
 
+import re
 from collections.abc import Mapping
 
 from ..errors import ToolkitError
 
 VARIABLE = "CHATGLM_API_KEYS"
+COMMENT = re.compile(r"(?:^|\s)#")  # a key may hold the sign
 
 
 def read_keys(path: str | None, environ: Mapping[str, str]) -> list[str]:
@@ -17,7 +19,7 @@ def read_keys(path: str | None, environ: Mapping[str, str]) -> list[str]:
     if path is not None:
         try:
             with open(path, encoding="utf-8") as file:
-                lines = [line.split("#")[0].strip() for line in file]
+                lines = [COMMENT.split(line)[0].strip() for line in file]
         except (OSError, UnicodeDecodeError) as error:
             raise ToolkitError(f"api_keys_file {path}: cannot be read ({error})") from None
         found = [line for line in lines if line]

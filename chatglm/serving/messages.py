@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..errors import ToolkitError
+from ..kernels.ops import MOST_TOP_K
 from ..prompts import build_prompt
 from ..sampling import Sampling
 
@@ -41,6 +42,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -61,6 +63,12 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: str | None = None
+    # Neutral values only: what an answer that is sent back may hold.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
+    annotations: Nothing | None = None
 
     @property
     def text(self) -> str:
@@ -91,16 +99,12 @@ class _Generation(_Strict):
     temperature: Temperature | None = Field(None, description="0: the likeliest token always")
     top_p: Share | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    top_k: Annotated[int, Field(ge=0, le=1024)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MOST_TOP_K)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     # Neutral values only.
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -199,7 +203,7 @@ class SeedRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     prompt: Text
-    history: list[tuple[Text, Text]] | None = None
+    history: Annotated[list[tuple[Text, Text]], Field(max_length=1000)] | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
     top_p: Share | None = None
     temperature: Temperature | None = None

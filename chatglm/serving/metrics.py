@@ -44,10 +44,10 @@ class Metrics:
         """Prompts of so many tokens are read for the first time."""
         self._read.inc(tokens)
 
-    def token(self, now: float, *, since: float, is_first: bool) -> None:
+    def token(self, seconds: float, *, is_first: bool) -> None:
         """A token came, so long after the one before it, or after the arrival."""
         self._generated.inc()
-        (self._first if is_first else self._between).observe(now - since)
+        (self._first if is_first else self._between).observe(seconds)
 
     def put_back(self, rows: int) -> None:
         """Rows went back to the queue for want of pages."""

@@ -66,8 +66,10 @@ class ChatGLM:
         """
         api = self.app.state.api
         engine = api.served.engine
-        while not api.is_ready and engine.is_alive:
+        while not api.is_ready and not api.failure and engine.is_alive:
             await asyncio.sleep(READY_LOOK_SECONDS)
+        if api.failure:
+            raise RuntimeError(api.failure)
         if not engine.is_alive:
             raise RuntimeError(f"the engine has ended: {engine.failure or 'it was stopped'}")
 

@@ -61,6 +61,9 @@ def refused(error: Exception) -> Refused:
 
 def _invalid(error: RequestValidationError) -> Refused:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        message = f"the request is not JSON (at character {first['loc'][-1]})"
+        return Refused(400, message, reason="invalid")
     place = [str(part) for part in first["loc"] if part != "body"]
     param, reason = ".".join(place) or None, first["msg"]
     if place and place[0] in NEUTRAL_ONLY:
@@ -71,7 +74,12 @@ def _invalid(error: RequestValidationError) -> Refused:
 
 def _http(error: HTTPException) -> Refused:
     if error.status_code != 401:
-        return Refused(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        return Refused(
+            error.status_code,
+            str(error.detail),
+            reason=f"http_{error.status_code}",
+            headers=dict(error.headers or {}),
+        )
     return Refused(
         401,
         str(error.detail),
@@ -97,6 +105,10 @@ def add_refusals(app: FastAPI, metrics: Metrics) -> None:
             metrics.refused(known.reason)
         return JSONResponse(known.body, known.status, headers=known.headers)
 
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        metrics.refused("unforeseen")  # its traceback is logged
+        return JSONResponse(error_body("the server failed", kind="server_error"), 500)
+
     async def nobody(_: Request, error: Exception) -> Response:
         return Response(status_code=499)
 
@@ -104,3 +116,4 @@ def add_refusals(app: FastAPI, metrics: Metrics) -> None:
                  TooMany, Failed):  # fmt: skip
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientGone, nobody)
+    app.add_exception_handler(Exception, unforeseen)

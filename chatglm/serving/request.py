@@ -27,6 +27,8 @@ class Request:
     """Strings that end the answer and are not part of it."""
     deadline: float = float("inf")
     """On the clock of time.monotonic()."""
+    is_counted: bool = True
+    """In the metrics."""
 
 
 @dataclass

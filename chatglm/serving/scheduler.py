@@ -39,7 +39,7 @@ class Scheduler:
     """Rows that wait and rows that run, and their pages of page_tokens tokens each.
 
     num_virtual: tokens of a prefix that stand before each row's own. prefill_tokens: of the prompts
-    that are read together, though one prompt alone may be longer.
+    that are read together, pads included, though one prompt alone may be longer.
     """
 
     def __init__(
@@ -80,18 +80,21 @@ class Scheduler:
         A page for each row that runs is left, or those just admitted would go back at once.
         """
         joining: list[Row] = []
-        budget = self.prefill_tokens
+        longest = 0
         while self.waiting and len(self.running) < self.most_running:
             row = self.waiting[0]
             length = len(row.request.prompt) + len(row.tokens)
             needed = self._pages_for(length + 1)
-            if needed + len(self.running) > self.pool.num_free or (joining and length > budget):
+            longest = max(longest, length)
+            padded = longest * (1 + len(joining))  # what is read: the shorter ones get pads
+            if needed + len(self.running) > self.pool.num_free:
+                break
+            if joining and padded > self.prefill_tokens:
                 break
             self.waiting.popleft()
             row.pages = self.pool.take(needed)
             self.running.append(row)
             joining.append(row)
-            budget -= length
         return joining
 
     def rows_without_room(self) -> list[Row]:

@@ -13,6 +13,8 @@ from .engine import Engine
 from .request import Request, Update
 
 T = TypeVar("T")
+LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\u2028\u2029\u0085"}
+"""What some readers of events take for the end of a line."""
 KEEP_ALIVE_SECONDS = 15.0
 """After so long without a token a stream says that it is alive, for the proxies in between."""
 
@@ -156,4 +158,5 @@ def _as_event(event: dict[str, Any] | str | None) -> bytes:
         return b": still there\n\n"
     if not isinstance(event, str):
         event = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+        event = event.translate(LINE_ENDS)
     return f"data: {event}\n\n".encode()

@@ -22,7 +22,7 @@ def reason_against_rows(tuned: PeftModel) -> str | None:
             return f"adapter {name!r} is DoRA"
         if config.modules_to_save:
             return f"adapter {name!r} replaces {', '.join(config.modules_to_save)}"
-        if config.bias != "none":
+        if config.bias != "none" or getattr(config, "lora_bias", False):
             return f"adapter {name!r} changes biases"
     return None
 
