@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import chatglm.checkpoints as checkpoints
 from chatglm.building import load_for_inference
 from chatglm.checkpoints import check_saved, save_trained
 from chatglm.errors import ToolkitError
@@ -16,6 +15,7 @@ from chatglm.files import recover_folder, replace_folder
 from chatglm.saved import kind_of, read_settings_json
 from chatglm.sharding import whole_state
 from chatglm.tokenizer import ChatGLMTokenizer
+from chatglm.tuning import prompt
 
 from .conftest import WEIGHTS, write_config
 from .tiny_weights import (
@@ -342,14 +342,14 @@ def test_a_bin_of_all_weights_with_the_prefix_encoder_answers_with_the_released_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop(f"{checkpoints.PREFIX}embedding.weight"), "no tensor .*embedding"),
-        (lambda state: state.pop(f"{checkpoints.PREFIX}trans.2.bias"), r"trans\.2\.bias missing"),
+        (lambda state: state.pop(f"{prompt.PREFIX}embedding.weight"), "no tensor .*embedding"),
+        (lambda state: state.pop(f"{prompt.PREFIX}trans.2.bias"), r"trans\.2\.bias missing"),
         (
-            lambda state: state.update({f"{checkpoints.PREFIX}trans.4.bias": torch.zeros(1)}),
+            lambda state: state.update({f"{prompt.PREFIX}trans.4.bias": torch.zeros(1)}),
             r"trans\.4\.bias surplus",
         ),
         (
-            lambda state: state.update({f"{checkpoints.PREFIX}embedding.weight": torch.ones(3, 7)}),
+            lambda state: state.update({f"{prompt.PREFIX}embedding.weight": torch.ones(3, 7)}),
             r"embedding\.weight \[3, 7\] != \[3, 64\]",
         ),
     ],

@@ -169,7 +169,7 @@ def test_what_cannot_be_is_refused_before_anything_is_started(arguments, said):
 
 def test_a_replica_is_healthy_once_it_is_ready_and_as_long_as_its_engine_lives():
     engine = SimpleNamespace(is_alive=True, failure=None)
-    api = SimpleNamespace(is_ready=False, served=SimpleNamespace(engine=engine))
+    api = SimpleNamespace(is_ready=False, failure=None, served=SimpleNamespace(engine=engine))
     replica = ray_app.ChatGLM()
     replica.app = SimpleNamespace(state=SimpleNamespace(api=api))
 
@@ -181,6 +181,9 @@ def test_a_replica_is_healthy_once_it_is_ready_and_as_long_as_its_engine_lives()
         await check
 
     asyncio.run(asked_once())
-    engine.is_alive, engine.failure = False, "RuntimeError: CUDA error"
+    api.failure = "the warming up failed"
+    with pytest.raises(RuntimeError, match="the warming up failed"):
+        asyncio.run(replica.check_health())
+    api.failure, engine.is_alive, engine.failure = None, False, "RuntimeError: CUDA error"
     with pytest.raises(RuntimeError, match="CUDA error"):
         asyncio.run(replica.check_health())

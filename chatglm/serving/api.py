@@ -171,9 +171,8 @@ def _add_calls(app: FastAPI, api: Api) -> None:
             raise BadRequest(
                 f"max_length {longest}: allowed is 2 to {served.most_tokens}", param="max_length"
             )
-        prompt, dropped = await while_client_is_there(
-            request.receive,
-            asyncio.to_thread(served.conversation, body.prompt, history, max_length=longest),
+        prompt, dropped = await asyncio.to_thread(
+            served.conversation, body.prompt, history, max_length=longest
         )
         asked = served.request(
             prompt,
@@ -215,10 +214,7 @@ def _add_calls(app: FastAPI, api: Api) -> None:
     ) -> Response:
         body.check()
         adapter, started = served.adapter(body.model), time.monotonic()
-        encoded = await while_client_is_there(
-            request.receive,
-            asyncio.to_thread(lambda: [served.encode(prompt) for prompt in prompts]),
-        )
+        encoded = await asyncio.to_thread(lambda: [served.encode(prompt) for prompt in prompts])
         requests = [
             served.request(
                 ids,

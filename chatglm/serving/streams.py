@@ -98,6 +98,8 @@ class Answers:
 async def while_client_is_there(receive: Receive, work: Awaitable[T]) -> T:
     """The result of the work, which is given up when the client goes.
 
+    Once a request: some servers tell only one who listens that the client is gone, the first.
+
     Raises:
         ClientGone: then.
     """
