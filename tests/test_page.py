@@ -35,6 +35,7 @@ QUIET = (
     "--disable-background-networking", "--disable-component-update",
 )  # fmt: skip
 EXPECTED = "Failed to load resource: "  # an error of the server, which the test is about
+expect.set_options(timeout=20_000)  # of a busy machine
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 
 MARKDOWN = {
@@ -120,7 +121,7 @@ def new_page(server, browser, problems):
 
     def new(**options):
         context = browser.new_context(**{"locale": "zh-CN", **options})
-        context.set_default_timeout(5000)
+        context.set_default_timeout(20_000)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: problems.append(dialog.message) or dialog.dismiss())

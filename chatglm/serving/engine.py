@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from ..errors import ToolkitError
 from ..growing_text import GrowingText
 from .metrics import Metrics
 from .request import Request, Row, Update
@@ -84,22 +83,10 @@ class Engine:
         """False once it has stopped or failed."""
         return self._thread.is_alive() and self.failure is None
 
-    def check_request(self, request: Request) -> None:
-        """Refuse what could not run even if it were alone.
-
-        Raises:
-            ToolkitError: saying how long it may be.
-        """
-        total, most = len(request.prompt) + request.max_new_tokens, self.scheduler.most_tokens
-        if total > most:
-            raise ToolkitError(
-                f"prompt and answer of {total} tokens; the server's cache holds {most}"
-            )
-
     def submit(self, requests: Sequence[Request], deliver: Callable[[int, Update], None]) -> list:
-        """Hand in requests that belong together; deliver(number, update) is called in this thread.
+        """Hand in requests that belong together; gives their rows, to cancel them by.
 
-        Gives their rows, to cancel them by.
+        deliver(number, update) is called in the engine's thread.
 
         Raises:
             EngineBusy, EngineStopped: and none of them is taken.
