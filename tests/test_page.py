@@ -1,5 +1,6 @@
 """The chat page in a real browser, against a scripted server."""
 
+import re
 import shutil
 import time
 
@@ -472,5 +473,5 @@ def test_the_real_server_answers_on_its_page(tmp_path, browser):
         page.goto(address)
         page.get_by_role("textbox").first.fill("三上下")
         page.keyboard.press("Enter")
-        expect(page.get_by_text("tokens/s")).to_be_visible(timeout=20_000)
+        expect(page.get_by_text(re.compile(r"\d+ tokens"))).to_be_visible()
         page.close()
