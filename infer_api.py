@@ -17,7 +17,7 @@ from chatglm.errors import ToolkitError
 from chatglm.serving.api import build_app
 from chatglm.serving.keys import read_keys
 from chatglm.serving.loading import ServedSettings, check_checkpoint, load_served
-from chatglm.settings import ServeSettings
+from chatglm.serving.settings import ServeSettings
 
 OTHER_CONNECTIONS = 500
 """Open at a time beside those that are answered."""

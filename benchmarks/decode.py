@@ -19,6 +19,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from benchmarks.random_model import random_model  # noqa: E402
 from chatglm import decoding  # noqa: E402
 from chatglm.configuration import ChatGLMConfig  # noqa: E402
 from chatglm.decoding import generate_tokens  # noqa: E402
@@ -39,22 +40,7 @@ def build(kind: str) -> ChatGLMForConditionalGeneration:
     """The true shape; head and embedding are one tensor, as in the pretrained weights."""
     bits, dtype = KINDS[kind]
     config = ChatGLMConfig(quantization_bit=bits)
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
-    model.lm_head.weight = model.transformer.word_embeddings.weight
-    model = model.to(dtype).to_empty(device="cuda").eval()
-    model.lm_head.weight = model.transformer.word_embeddings.weight
-    torch.manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype == torch.int8:
-            tensor.random_(-128, 128)
-        elif name.endswith("weight_scale"):
-            tensor.fill_(0.02 * 3.5 / (127 if bits == 8 else 7))
-        elif "layernorm" in name:
-            tensor.fill_(float(name.endswith("weight")))
-        else:
-            tensor.normal_(0, 0.02)
-    return model
+    return random_model(config, dtype=dtype, device="cuda")
 
 
 def prompts(model, rows: int, length: int) -> torch.Tensor:

@@ -37,14 +37,15 @@ from sentencepiece import sentencepiece_model_pb2
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from benchmarks.random_model import random_model  # noqa: E402
 from chatglm.configuration import ChatGLMConfig  # noqa: E402
 from chatglm.decoding import generate_tokens  # noqa: E402
 from chatglm.growing_text import GrowingText  # noqa: E402
-from chatglm.model import ChatGLMForConditionalGeneration  # noqa: E402
 from chatglm.sampling import Sampling  # noqa: E402
 from chatglm.serving.api import build_app  # noqa: E402
 from chatglm.serving.served import Served  # noqa: E402
-from chatglm.settings import LoraSettings, ServeSettings  # noqa: E402
+from chatglm.serving.settings import ServeSettings  # noqa: E402
+from chatglm.settings import LoraSettings  # noqa: E402
 from chatglm.steps import forget_steps  # noqa: E402
 from chatglm.tokenizer import ChatGLMTokenizer  # noqa: E402
 from chatglm.tuning.adapters import add_lora  # noqa: E402
@@ -73,21 +74,8 @@ def build(kind: str):
     shape = {} if DEVICE == "cuda" else TINY
     config = ChatGLMConfig(quantization_bit=bits, **shape)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float16
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
-    model.lm_head.weight = model.transformer.word_embeddings.weight
-    model = model.to(dtype if DEVICE == "cuda" else torch.float32).to_empty(device=DEVICE).eval()
-    model.lm_head.weight = model.transformer.word_embeddings.weight
-    torch.manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype == torch.int8:
-            tensor.random_(-128, 128)
-        elif name.endswith("weight_scale"):
-            tensor.fill_(0.02 * 3.5 / (127 if bits == 8 else 7))
-        elif "layernorm" in name:
-            tensor.fill_(float(name.endswith("weight")))
-        else:
-            tensor.normal_(0, 0.02)
+    on_device = dtype if DEVICE == "cuda" else torch.float32
+    model = random_model(config, dtype=on_device, device=DEVICE)
     tokenizer = tokenizer_of(config)
     model.transformer.word_embeddings.weight[tokenizer.all_special_ids] = 0  # they have no text
     return model, tokenizer

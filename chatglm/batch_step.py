@@ -89,6 +89,7 @@ class BatchStep(CapturedStep):
     """A step of up to most_rows rows, each over pages of its own."""
 
     is_ring = True
+    table: Tensor
 
     def __init__(self, model: Any, *, most_rows: int, num_pages: int):
         """num_pages: the first of which no row may have; see SCRATCH_PAGE."""
@@ -238,20 +239,6 @@ class BatchStep(CapturedStep):
         part = copy.copy(self)
         part.history = self.history[:, first : first + rows]
         return part.wait_for(number % HISTORY_LINES).tolist()
-
-    def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
-        ops.attention(
-            self.mixed,
-            keys,
-            values,
-            self.rotary,
-            lengths=self.counts.lengths,
-            text_positions=self.counts.text_positions,
-            first_blocks=self.counts.first_blocks,
-            workspace=self.workspace,
-            out=self.context,
-            pages=self.table,
-        )
 
     def _product(self, x, linear, out, *, norm=None, gelu=False, alpha=None) -> None:
         if not isinstance(linear, RowLinear):

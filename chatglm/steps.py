@@ -72,6 +72,8 @@ class CapturedStep:
     UNWRITTEN = -1
     is_ring = False
     """See ops.sample."""
+    table: Tensor | None = None
+    """The rows' pages, where the cache is in pages; see ops.attention."""
 
     def __init__(
         self,
@@ -240,6 +242,7 @@ class CapturedStep:
             workspace=self.workspace,
             out=self.context,
             scales=scales,
+            pages=self.table,
         )
 
     def _step(self) -> None:

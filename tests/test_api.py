@@ -20,7 +20,7 @@ from chatglm.serving.api import build_app
 from chatglm.serving.keys import read_keys
 from chatglm.serving.runner import PlainRunner
 from chatglm.serving.served import Served
-from chatglm.settings import ServeSettings
+from chatglm.serving.settings import ServeSettings
 
 from .processes import free_port
 from .tiny_weights import build, settings, write_weights

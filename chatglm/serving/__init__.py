@@ -3,7 +3,7 @@
 request, scheduler, runner, engine    a row of the batch, whose turn it is, its passes through the
                                       model, and the loop over all that in a thread of its own
 metrics                               what Prometheus reads
-served                                a loaded model with its engine, names and limits
+settings, served                      limits; a loaded model with its engine and its names
 messages, streams                     OpenAI's requests and answers; answers on their way
 bodies, keys, refusals                what is not let in, and how it is told
 api, chat_page, page/                 the HTTP application

@@ -33,7 +33,7 @@ from .messages import (
     usage_of,
 )
 from .refusals import TooMany, add_refusals
-from .request import Request as Warm
+from .request import Request as AnswerRequest
 from .served import Served
 from .streams import Answers, EventStream, Failed, while_client_is_there
 
@@ -89,7 +89,7 @@ class Api:
     async def warm_up(self) -> None:
         """Answer something, so that whatever is made at first use is made."""
         prompt, started = self.served.encode("你好"), time.monotonic()
-        request = Warm(prompt, WARM_UP_TOKENS, Sampling(), is_counted=False)
+        request = AnswerRequest(prompt, WARM_UP_TOKENS, Sampling(), is_counted=False)
         try:
             await Answers(self.served.engine, [request]).whole()
         except (Failed, EngineStopped, EngineBusy) as error:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from ..building import load_for_inference
 from ..errors import ToolkitError
-from ..settings import ServeSettings
 from .served import Served
+from .settings import ServeSettings
 
 
 @dataclass(frozen=True)

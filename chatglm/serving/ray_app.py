@@ -25,10 +25,11 @@ from ray import serve
 
 from ..command_line import parse_settings
 from ..errors import ToolkitError
-from ..settings import ServeSettings, at_least
+from ..settings import at_least
 from .api import build_app
 from .keys import read_keys
 from .loading import ServedSettings, check_checkpoint, load_served
+from .settings import ServeSettings
 
 PLACES_BESIDE = 32
 """Of a replica's requests, beside those that its engine runs and lets wait: it is the engine that

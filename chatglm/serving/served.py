@@ -12,7 +12,6 @@ from ..chat import fit_prompt
 from ..errors import ToolkitError, nearest
 from ..paged_cache import PAGE_TOKENS, bytes_per_page
 from ..sampling import Sampling
-from ..settings import ServeSettings
 from ..supported import reason_against
 from ..tokenizer import ChatGLMTokenizer
 from .captured import CapturedRunner
@@ -22,6 +21,7 @@ from .metrics import Metrics
 from .request import Request
 from .runner import PlainRunner, Runner
 from .scheduler import Scheduler
+from .settings import ServeSettings
 
 logger = logging.getLogger("chatglm")
 
