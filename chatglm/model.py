@@ -12,13 +12,17 @@ Shapes: B batch, T query tokens, S key tokens, H heads, D head width, C hidden, 
 P virtual tokens of a prefix. Tensor names of the state dict are the released ones.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,12 +37,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from . import fused
 from .cache import KVCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .kernels import cpu
 from .loss import CHUNK, chunked_loss, next_token_loss
+from .packed import Packed
+from .packed_attention import PackedAttention
 from .positions import (
     ATTENTION_KERNELS,
     allowed_keys,
@@ -72,6 +79,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(.., C) to (.., C)."""
+        if fused.supports_norm(self, hidden):
+            return fused.layer_norm(hidden, self)
         return super().forward(hidden).to(hidden.dtype)
 
 
@@ -91,9 +100,16 @@ class SelfAttention(nn.Module):
         mask: Tensor | None,
         prefix: tuple[Tensor, Tensor] | None,
         cache: Cache | None,
+        packed: PackedAttention | None = None,
     ) -> Tensor:
-        """hidden (B, T, C) to (B, T, C); mask (B, 1, T, S), True where a key may be seen."""
-        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_heads, -1))
+        """hidden (B, T, C) to (B, T, C); mask (B, 1, T, S), True where a key may be seen.
+
+        packed: instead of rotary and mask, for sequences side by side in one row.
+        """
+        mixed = self.query_key_value(hidden)
+        if packed is not None:
+            return self.dense(packed(mixed, prefix))
+        mixed = mixed.unflatten(-1, (self.num_heads, -1))
         q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)  # each (B, H, T, D)
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if prefix is not None:
@@ -122,7 +138,11 @@ class MLP(nn.Module):
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
-    """One layer; both residuals leave after their layer norm, times alpha."""
+    """One layer; both residuals leave after their layer norm, times alpha.
+
+    keeps_halves: what stands between the halves is kept for the backward pass, and all else of each
+    is computed again, all but its last product. is_fused: by kernels, where they run (fused.py).
+    """
 
     def __init__(self, config: ChatGLMConfig, layer_index: int):
         super().__init__()
@@ -132,20 +152,35 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.attention = SelfAttention(config, layer_index)
         self.post_attention_layernorm = LayerNorm(width, eps=eps)
         self.mlp = MLP(config)
+        self.keeps_halves, self.is_fused = False, True
 
     def forward(
         self,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         prefix: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
+        packed: PackedAttention | None = None,
     ) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        normed = self.input_layernorm(hidden)
-        hidden = self.alpha * normed + self.attention(normed, rotary, mask, prefix, past_key_values)
-        normed = self.post_attention_layernorm(hidden)
-        return self.alpha * normed + self.mlp(normed)
+        attend = functools.partial(
+            self.attention, rotary=rotary, mask=mask, prefix=prefix, cache=past_key_values,
+            packed=packed,
+        )  # fmt: skip
+        half = self._half
+        if self.keeps_halves and self.training and torch.is_grad_enabled():
+            half = functools.partial(checkpoint, self._half, use_reentrant=False)
+        hidden = half(hidden, self.input_layernorm, attend)
+        return half(hidden, self.post_attention_layernorm, self.mlp)
+
+    def _half(
+        self, hidden: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        if self.is_fused and fused.supports(norm, hidden):
+            return fused.half_block(hidden, norm, branch, self.alpha)
+        normed = norm(hidden)
+        return self.alpha * normed + branch(normed)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -199,10 +234,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask_positions: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        packed: Packed | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, C); arguments as in ChatGLMForConditionalGeneration.forward."""
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if packed is not None:
+            return BaseModelOutputWithPast(last_hidden_state=self._forward_packed(hidden, packed))
         if use_cache and past_key_values is None:
             past_key_values = KVCache(self.config.num_layers)
         started, offset = self._progress(past_key_values)
@@ -221,7 +259,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             half=self._computes_in_half(hidden),
         )
         mask = self._mask(attention_mask, context_lengths, hidden.shape[1], offset, past_key_values)
-        prefixes = self._prefixes(hidden, started)
+        prefixes = self._prefixes(len(hidden), hidden.dtype, started)
         states = []
         with sdpa_kernel(ATTENTION_KERNELS):
             for block, prefix in zip(self.layers, prefixes, strict=True):
@@ -233,6 +271,27 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*states, hidden) if output_hidden_states else None,
         )
+
+    def _forward_packed(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """(1, T, C) of a row of sequences, to the final norm's output."""
+        config, half = self.config, self._computes_in_half(hidden)
+        self._check_length(packed.longest)
+        kind = hidden.device.type
+        attention = PackedAttention(
+            packed,
+            num_heads=config.num_attention_heads,
+            head_width=config.head_width,
+            num_virtual=config.pre_seq_len or 0,
+            max_length=config.max_sequence_length,
+            half=half,
+            dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
+            else hidden.dtype,
+            fused=self.layers[0].is_fused,
+        )  # fmt: skip
+        prefixes = self._prefixes(len(packed.lengths), hidden.dtype, False)
+        for block, prefix in zip(self.layers, prefixes, strict=True):
+            hidden = block(hidden, None, None, prefix, past_key_values=None, packed=attention)
+        return self.final_layernorm(hidden)
 
     def _progress(self, cache: Cache | None) -> tuple[bool, int | Tensor]:
         """Whether the cache holds tokens already, and how many, virtual ones not counted.
@@ -246,11 +305,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return isinstance(length, Tensor), length
         return True, length - (self.config.pre_seq_len or 0)
 
-    def _prefixes(self, hidden: Tensor, started: bool) -> list[tuple[Tensor, Tensor] | None]:
+    def _prefixes(
+        self, rows: int, dtype: torch.dtype, started: bool
+    ) -> list[tuple[Tensor, Tensor] | None]:
         """Keys and values of the virtual tokens for each layer, each (B, H, P, D)."""
         if self.prefix_encoder is None or started:
             return [None] * self.config.num_layers
-        both = self.prefix_encoder(hidden.shape[0], hidden.dtype)  # (2 * layers, B, H, P, D)
+        both = self.prefix_encoder(rows, dtype)  # (2 * layers, B, H, P, D)
         each = both.unbind(0)
         return list(zip(each[0::2], each[1::2], strict=True))
 
@@ -346,6 +407,19 @@ class ChatGLMForConditionalGeneration(
             self.lm_head = nn.Linear(*shape, bias=False)
         self.post_init()
 
+    def recompute(self, mode: Literal["none", "selective", "full"]) -> None:
+        """What the backward pass computes again instead of keeping it.
+
+        selective: what stands between two halves of a block is kept. full: what stands between
+        two blocks; as transformers' gradient_checkpointing_enable.
+        """
+        for block in self.transformer.layers:
+            block.keeps_halves = mode == "selective"
+        if mode == "full":
+            self.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.is_gradient_checkpointing:
+            self.gradient_checkpointing_disable()
+
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.lm_head
@@ -370,6 +444,7 @@ class ChatGLMForConditionalGeneration(
         output_hidden_states: bool | None = None,
         loss_only: bool = False,
         num_items_in_batch: Tensor | float | None = None,
+        packed: Packed | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean loss if labels are given.
@@ -381,7 +456,9 @@ class ChatGLMForConditionalGeneration(
         labels (B, T), unshifted, -100 where nothing is learned. logits_to_keep: only the last so
         many positions, 0 for all. hidden_states: what enters each block, then the final norm's
         output. loss_only: the loss in little memory, without logits (loss.chunked_loss).
-        num_items_in_batch: what the summed loss is divided by; None: its learned tokens.
+        num_items_in_batch: what the summed loss is divided by; None: its learned tokens. packed: how
+        several sequences stand in the one row of input_ids and labels (1, T), which then need none
+        of the others (packed.py).
 
         Raises:
             ToolkitError: past max_sequence_length, or continuing from a cache without positions.
@@ -396,6 +473,7 @@ class ChatGLMForConditionalGeneration(
             mask_positions=mask_positions,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            packed=packed,
         )
         hidden = outputs.last_hidden_state
         if loss_only:

@@ -18,7 +18,7 @@ logger = logging.getLogger("chatglm")
 THREADS = 256
 MOST_TOP_K = 1024
 MOST_KEYS = 8000  # a part of attention for each of 128 threads, and room for drafts
-_HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
+HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
 
 
 @functools.cache
@@ -37,7 +37,7 @@ class AttentionWorkspace:
 
     def __init__(self, rows: int, heads: int, most_keys: int, device: torch.device):
         self.most_keys, self.splits = most_keys, -(-most_keys // _KEYS_PER_BLOCK)
-        shape = (rows, heads, self.splits, _HEAD_WIDTH + 2)
+        shape = (rows, heads, self.splits, HEAD_WIDTH + 2)
         self.parts = torch.empty(shape, dtype=torch.float32, device=device)
         self.counters = torch.zeros(rows, heads, dtype=torch.int32, device=device)
 

@@ -7,24 +7,10 @@
 // 32 threads take a head of a token: 8 the query, 8 the key, each of them eight values and their
 // fellows, 16 copy the value.
 
+#include "turn.cuh"
+
 #define D 128
 #define THREADS 256
-
-DEVICE void turn(uint4& first, uint4& second, const float* cosines, const float* sines) {
-    u32 *a = (u32*)&first, *b = (u32*)&second;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float x[2] = {low(a[j]), high(a[j])}, y[2] = {low(b[j]), high(b[j])};
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const float c = cosines[j * 2 + h], s = sines[j * 2 + h], old = x[h];
-            x[h] = __fmaf_rn(old, c, -y[h] * s);
-            y[h] = __fmaf_rn(y[h], c, old * s);
-        }
-        a[j] = pack(x[0], x[1]);
-        b[j] = pack(y[0], y[1]);
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS) rotate(
     const u16* mixed, const float* cosines, const float* sines, const int* positions, u16* query,

@@ -1,0 +1,50 @@
+// What layer_norm.cu and layer_norm_backward.cu share. To be defined: WIDTH (K, a multiple of 8), and WIDE if the
+// norm's own weight and bias are fp32.
+
+#define THREADS 256
+#define EIGHTS (WIDTH / 8)
+#define MINE ((EIGHTS + THREADS - 1) / THREADS)  // eights of a row, a thread
+
+struct Eight {
+    float x[8];
+};
+
+DEVICE Eight unpacked(const uint4& v) {
+    const u32* p = (const u32*)&v;
+    Eight out;
+#pragma unroll
+    for (int j = 0; j < 4; j++) out.x[2 * j] = low(p[j]), out.x[2 * j + 1] = high(p[j]);
+    return out;
+}
+
+DEVICE uint4 packed(const Eight& v) {
+    uint4 out;
+    u32* p = (u32*)&out;
+#pragma unroll
+    for (int j = 0; j < 4; j++) p[j] = pack(v.x[2 * j], v.x[2 * j + 1]);
+    return out;
+}
+
+#ifdef WIDE
+typedef float Own;
+DEVICE Eight own(const Own* from, int i) {
+    Eight out;
+    ((float4*)out.x)[0] = ((const float4*)from)[2 * i];
+    ((float4*)out.x)[1] = ((const float4*)from)[2 * i + 1];
+    return out;
+}
+#else
+typedef u16 Own;
+DEVICE Eight own(const Own* from, int i) { return unpacked(((const uint4*)from)[i]); }
+#endif
+
+// Of all threads; scratch: a float for each warp, not in use since the last barrier but one.
+DEVICE float block_sum(float value, float* scratch) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) value += scratch[i];
+    return value;
+}

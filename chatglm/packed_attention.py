@@ -1,0 +1,209 @@
+"""Attention of packed sequences: contexts to themselves, answers to all that stands before them.
+
+On a GPU two calls of flash attention (Dao 2023) over sequences of different lengths: every context
+to its own keys, in both directions; every answer to the keys of its whole sequence, causally from
+their end. Neither a pad nor a mask is ever made. Where that kernel does not run, the heads are put
+into padded rows and go the way of padded batches, with their mask.
+
+The calls are torch's operators and not torch.nn.attention.varlen_attn: the whole is one function to
+autograd, which keeps query, keys, values and what comes out, and nothing twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import passes
+from .packed import KeyPlaces, Packed
+from .positions import allowed_keys
+from .rotary import apply_rotary, rotary_for_positions, rotary_tables
+
+_flash: Any = torch.ops.aten._flash_attention_forward
+_flash_backward: Any = torch.ops.aten._flash_attention_backward
+
+
+class PackedAttention:
+    """Of the sequences of one forward pass; what all layers share is made once."""
+
+    def __init__(
+        self,
+        packed: Packed,
+        *,
+        num_heads: int,
+        head_width: int,
+        num_virtual: int,
+        max_length: int,
+        half: bool,
+        dtype: torch.dtype,
+        fused: bool = True,
+    ):
+        """half: rotary tables as in fp16 (rotary.py). dtype: of the heads. fused: by kernels, where
+        they run."""
+        self.packed, self.num_heads, self.num_virtual = packed, num_heads, num_virtual
+        device = packed.lengths.device
+        self.is_fused = fused and head_width == 128 and runs_flash(dtype, device)
+        positions = packed.positions
+        if self.is_fused:
+            self.places = KeyPlaces.of(packed, num_virtual)
+            tables = rotary_tables(max_length, head_width // 2, half=half, device=device)
+            self.turning = passes.Turning(
+                tables,  # their second halves repeat the first: the kernels read these alone
+                positions.int().contiguous(),
+                self.places.places,
+                self.places.context_places,
+            )
+            return
+        angles = rotary_for_positions(
+            positions[None], max_length=max_length, head_width=head_width, half=half
+        )
+        self.rotary = tuple(angle[0, 0][:, None] for angle in angles)  # (T, 1, D)
+        self.padding = _Padding.of(packed, num_virtual)
+
+    def __call__(self, mixed: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        """mixed (1, T, 3 H D), query, key and value per head, to (1, T, H D).
+
+        prefix: keys and values of virtual tokens, each (N, H, P, D).
+        """
+        rows = mixed[0]
+        if self.is_fused:
+            parts = (None, None) if prefix is None else tuple(x.transpose(1, 2) for x in prefix)
+            return _Flash.apply(rows.contiguous(), *parts, self).flatten(1)[None]
+        query, keys, values = rows.unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
+        query, keys = (apply_rotary(x, *self.rotary) for x in (query, keys))  # (T, H, D)
+        return self.padding.attend(query, keys, values, prefix).flatten(1)[None]
+
+
+def runs_flash(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether flash attention over sequences of different lengths runs on the device."""
+    if not passes.supports(dtype, device):
+        return False
+    enough = torch.cuda.get_device_capability(device) >= (8, 0)
+    return enough and torch.backends.cuda.is_flash_attention_available()
+
+
+class _Flash(torch.autograd.Function):
+    """mixed (T, 3 H D), virtual keys and values (N, P, H, D) or None, to (T, H, D)."""
+
+    @staticmethod
+    def forward(ctx, mixed, virtual_keys, virtual_values, attention: PackedAttention) -> Tensor:
+        places, in_context = attention.places, attention.packed.num_context_tokens
+        query, keys, values = passes.split_heads(
+            mixed, attention.turning, num_keys=places.num_keys
+        )
+        if virtual_keys is not None:
+            keys[places.virtual], values[places.virtual] = virtual_keys, virtual_values
+        of_contexts = _of_contexts(attention, keys, values)
+        out, sums, random = [], [], []
+        for part, own, lengths in (
+            (query[:in_context], of_contexts, _lengths_of_contexts(attention)),
+            (query[in_context:], (keys, values), _lengths_of_answers(attention)),
+        ):
+            causal = len(out) == 1
+            found = _flash(part, *own, *lengths, 0.0, causal, False, scale=part.shape[-1] ** -0.5)
+            out.append(found[0])
+            sums.append(found[1])
+            random += found[2:4]
+        ctx.attention, ctx.random = attention, random
+        joined = torch.cat(out)
+        ctx.save_for_backward(query, keys, values, joined, *sums)
+        return joined
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        attention, random = ctx.attention, ctx.random
+        query, keys, values, out, *sums = ctx.saved_tensors
+        places, in_context = attention.places, attention.packed.num_context_tokens
+        of_contexts = _of_contexts(attention, keys, values)
+        gradient = gradient.contiguous()
+        first, second = slice(None, in_context), slice(in_context, None)
+        found = []
+        for number, (part, own, lengths) in enumerate((
+            (first, of_contexts, _lengths_of_contexts(attention)),
+            (second, (keys, values), _lengths_of_answers(attention)),
+        )):
+            found.append(_flash_backward(
+                gradient[part], query[part], *own, out[part], sums[number], *lengths, 0.0,
+                number == 1, *random[2 * number : 2 * number + 2], scale=query.shape[-1] ** -0.5,
+            ))  # fmt: skip
+        (of_queries, *of_context_keys), (of_others, *of_keys) = found
+        of_mixed = passes.join_heads(
+            attention.turning,
+            of_context_queries=of_queries,
+            of_other_queries=of_others,
+            of_keys=tuple(of_keys),
+            of_context_keys=tuple(of_context_keys),
+        )
+        of_virtual = [None, None]
+        if attention.num_virtual:
+            of_virtual = [
+                whole[places.virtual] + context[places.virtual_of_contexts]
+                for whole, context in zip(of_keys, of_context_keys, strict=True)
+            ]
+        return of_mixed, *of_virtual, None
+
+
+def _of_contexts(attention: PackedAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The contexts' keys and values among those of whole sequences."""
+    which = attention.places.of_contexts
+    return keys.index_select(0, which), values.index_select(0, which)
+
+
+def _lengths_of_contexts(attention: PackedAttention) -> tuple[Tensor, Tensor, int, int]:
+    """Ends and longest of queries and keys, as flash attention takes them."""
+    places, packed = attention.places, attention.packed
+    queries = places.context_ends
+    if attention.num_virtual:
+        before = torch.arange(len(queries), device=queries.device, dtype=torch.int32)
+        queries = queries - attention.num_virtual * before
+    return queries, places.context_ends, packed.longest_context, places.longest_context
+
+
+def _lengths_of_answers(attention: PackedAttention) -> tuple[Tensor, Tensor, int, int]:
+    places = attention.places
+    return places.answer_ends, places.ends, attention.packed.longest_answer, places.longest
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Padded rows (N, longest) of the sequences: where each token stands, and who sees whom.
+
+    mask (N, 1, longest, P + longest), True where a key may be seen.
+    """
+
+    packed: Packed
+    mask: Tensor
+
+    @classmethod
+    def of(cls, packed: Packed, num_virtual: int) -> "_Padding":
+        columns = torch.arange(packed.longest, device=packed.lengths.device)
+        real = (columns < packed.lengths[:, None]).long()
+        mask = allowed_keys(
+            real,
+            packed.context_lengths,
+            num_queries=packed.longest,
+            num_keys=packed.longest,
+            offset=0,
+        )
+        return cls(packed, F.pad(mask, (num_virtual, 0), value=True))
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, prefix: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """(T, H, D) each, to (T, H, D)."""
+        padded = [self._padded(x) for x in (query, keys, values)]
+        if prefix is not None:
+            padded[1:] = [
+                torch.cat((before, own), dim=2)
+                for before, own in zip(prefix, padded[1:], strict=True)
+            ]
+        out = F.scaled_dot_product_attention(*padded, attn_mask=self.mask)
+        return out.transpose(1, 2)[self.packed.sequence, self.packed.column]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """(T, H, D) to (N, H, longest, D)."""
+        rows = x.new_zeros(len(self.packed.lengths), self.packed.longest, *x.shape[1:])
+        rows = rows.index_put((self.packed.sequence, self.packed.column), x)
+        return rows.transpose(1, 2)
