@@ -43,13 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     helper = DataHelper(settings, splits=("train", "mix", "dev"))
     settings = resolve_settings(settings, helper.config)
     records, pad = helper.record_folders(), helper.config.pad_token_id
-    data = TrainingData(records, pad_token_id=pad, files_per_entry=helper.files_per_entry)
+    data = TrainingData(
+        records, pad_token_id=pad, files_per_entry=helper.files_per_entry,
+        packing=settings.train.packing,
+    )  # fmt: skip
     steps = data.total_steps(settings, world_size=cluster.world_size)
     state = find_resume(settings, data.digest())
     with explaining_memory(settings):
         model = build_model(settings, helper.config, total_steps=steps)
         if cluster.is_first:
-            epoch = data.describe_epoch(settings, world_size=cluster.world_size)
+            world_size = cluster.world_size
+            epoch = [*data.describe_epoch(settings, world_size=world_size),
+                     data.describe_batches(settings, world_size=world_size)]  # fmt: skip
             report_before(settings, model, helper.config, data, steps=steps, epoch=epoch)
         callbacks = build_callbacks(settings, model, helper.tokenizer, data, state=state)
         trainer = build_trainer(settings, callbacks, cluster, has_dev_set="dev" in data.records)
@@ -62,14 +67,19 @@ def build_callbacks(
     settings: Settings, model, tokenizer, data: TrainingData, *, state: str | None
 ) -> list:
     """What happens beside the steps, in this order."""
-    folder, batch = settings.train.save_dir, data.longest_batch(settings)
-    save = functools.partial(save_and_check, model, settings, tokenizer, batch)
+    folder, two = settings.train.save_dir, data.longest_batch(2, packing=False)
+    save = functools.partial(save_and_check, model, settings, tokenizer, two)
     return [
-        Rehearsal(batch),
+        Rehearsal(longest_batch(settings, data)),
         LossCurve(os.path.join(folder, "loss_curve.png")),
         SaveTrained(folder, save, has_dev_set="dev" in data.records),
         SaveResume(settings, data.digest(), state),
     ]
+
+
+def longest_batch(settings: Settings, data: TrainingData) -> dict[str, Any]:
+    """The batch that takes the most memory."""
+    return data.longest_batch(settings.train.train_batch_size, packing=settings.train.packing)
 
 
 def fit(trainer, module, settings: Settings, state: str | None) -> dict[str, float]:
@@ -89,7 +99,7 @@ def save_and_check(model, settings: Settings, tokenizer, batch, state: dict, fol
     save_trained(model, state, settings, folder, tokenizer=tokenizer)
     device = next(model.parameters()).device
     names = ("input_ids", "context_lengths", "mask_positions")
-    check_saved(model, state, settings, folder, {n: batch[n][:2].to(device) for n in names})
+    check_saved(model, state, settings, folder, {n: batch[n].to(device) for n in names})
 
 
 def report_before(
@@ -103,8 +113,8 @@ def report_before(
     with open(os.path.join(train.save_dir, "parameters.txt"), "w", encoding="utf-8") as file:
         file.write(f"{table}\n")
     check_disk(train.save_dir, checkpoint_bytes(model, settings))
-    shape = data.longest_batch(settings)["input_ids"].shape
-    estimate = estimate_memory(model, config, settings, num_tokens=shape[0] * shape[1])
+    num_tokens = longest_batch(settings, data)["input_ids"].numel()
+    estimate = estimate_memory(model, config, settings, num_tokens=num_tokens)
     has = ""
     if torch.cuda.is_available():
         has = f" of {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}"

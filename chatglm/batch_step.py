@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import ops
+from .packed import Packed, send
 from .paged_cache import PAGE_TOKENS, padded
-from .prefill import read_prompts
+from .prefill import read_packed
 from .row_adapters import RowLinear
 from .sampling import Sampling
 from .steps import CapturedStep, Counts, seed_words, token_bits
@@ -42,47 +43,23 @@ class Joining:
 
 
 class PagedStepCache:
-    """(layers, 2, pages, H, PAGE_TOKENS, D), with room_for_prompt and keep_prompt as StepCache."""
+    """(layers, 2, pages, H, PAGE_TOKENS, D)."""
 
     def __init__(self, model: Any, *, num_pages: int):
         config, self.dtype = model.config, model.transformer.dtype
         shape = (config.num_layers, 2, num_pages, config.num_attention_heads, PAGE_TOKENS,
                  config.head_width)  # fmt: skip
         self.stored = torch.zeros(shape, dtype=self.dtype, device=model.device)
-        self._places = torch.zeros(0, 0, dtype=torch.long)
-        self._room = self.stored
 
     @property
     def nbytes(self) -> int:
         """Of all pages."""
         return self.stored.nbytes
 
-    def place(self, pages: Sequence[list[int]]) -> None:
-        """Where the next prompts go; a page that a shorter one does not have is scratch."""
-        self._places = padded(list(pages), self.stored.device)
-        rows, longest = self._places.shape
-        heads, width = self.stored.shape[3], self.stored.shape[5]
-        self._room = self.stored.new_zeros(2, rows, heads, longest * PAGE_TOKENS, width)
-
-    def forget_room(self) -> None:
-        """The prompts are read."""
-        self._room = self.stored
-
     def layer(self, number: int) -> tuple[Tensor, Tensor, None]:
         """Keys and values (pages, H, PAGE_TOKENS, D)."""
         keys, values = self.stored[number]
         return keys, values, None
-
-    def room_for_prompt(self, number: int, length: int) -> tuple[Tensor, Tensor]:
-        """Where a layer's keys and values of the prompts go first, each (B, H, room, D)."""
-        keys, values = self._room
-        return keys, values
-
-    def keep_prompt(self, number: int, keys: Tensor, values: Tensor) -> None:
-        """Put them into their pages."""
-        for part, x in enumerate((keys, values)):
-            by_page = x.unflatten(2, (-1, PAGE_TOKENS)).transpose(1, 2)
-            self.stored[number, part, self._places] = by_page
 
 
 class BatchStep(CapturedStep):
@@ -149,32 +126,28 @@ class BatchStep(CapturedStep):
                 for place in range(first, first + len(joining)):
                     self.clear(place)
                 raise
-            finally:
-                self.cache.forget_room()
 
     def _read(self, joining: Sequence[Joining]) -> Tensor:
         model, device = self.model, self.tokens.device
-        lengths = torch.tensor([len(one.ids) for one in joining], device=device)
-        input_ids = padded([one.ids for one in joining], device)
-        mask = None
-        if len({len(one.ids) for one in joining}) > 1:
-            columns = torch.arange(input_ids.shape[1], device=device)
-            mask = (columns < lengths[:, None]).long()
-        prompts = torch.tensor([one.prompt_length for one in joining], device=device)
-        self.cache.place([one.pages for one in joining])
-        if hasattr(model, "row_adapters"):
-            index = torch.tensor([one.adapter for one in joining], device=device)
-            model.row_adapters.index = index
-        hidden = read_prompts(
-            model,
-            input_ids,
-            mask,
-            self.cache,
-            self.rotary,
-            context_lengths=prompts - 1,  # up to <sop>
-            mask_positions=prompts - 2,  # [gMASK]
+        virtual: int = model.config.pre_seq_len or 0
+        packed = Packed.of(
+            [one.prompt_length - 1 for one in joining],  # up to <sop>
+            [len(one.ids) for one in joining],
         )
-        return model.lm_head(model.transformer.final_layernorm(hidden))
+        slots, virtual_slots = _slots(packed, [one.pages for one in joining], virtual)
+        if hasattr(model, "row_adapters"):
+            numbers = torch.tensor([one.adapter for one in joining])
+            some = bool(numbers.any())
+            model.row_adapters.index = send(numbers[packed.sequence], device) if some else None
+        hidden = read_packed(
+            model,
+            send(packed.row([one.ids for one in joining]), device),
+            packed.to(device),
+            lambda number: self.cache.layer(number)[:2],
+            slots=send(slots, device),
+            virtual_slots=send(virtual_slots, device),
+        )
+        return model.lm_head(hidden)
 
     def _set(self, joining: Sequence[Joining], number: int) -> None:
         """Counts and rules of these places."""
@@ -182,14 +155,14 @@ class BatchStep(CapturedStep):
         device = self.tokens.device
 
         def put(tensor: Tensor, values: list[Any]) -> None:
-            tensor.copy_(torch.tensor(values, dtype=tensor.dtype), non_blocking=True)
+            tensor.copy_(send(torch.tensor(values, dtype=tensor.dtype), device))
 
         put(counts.lengths, [virtual + len(one.ids) - 1 for one in joining])  # sampling adds 1
         put(counts.text_positions, [one.prompt_length - 2 for one in joining])
         put(counts.first_blocks, [virtual + one.prompt_length - 2 for one in joining])
         counts.steps.fill_(number)
         put(self.adapters, [one.adapter for one in joining])
-        draw.seeds.copy_(seed_words([(one.seed, 0) for one in joining]))
+        draw.seeds.copy_(send(seed_words([(one.seed, 0) for one in joining]), device))
         put(draw.top_k, [s.top_k if s.do_sample else 1 for s in (o.sampling for o in joining)])
         put(draw.rules, [
             (s.top_p, 1 / s.temperature if s.do_sample else 1.0, s.repetition_penalty)
@@ -198,14 +171,16 @@ class BatchStep(CapturedStep):
         draw.seen.zero_()
         for place, one in enumerate(joining):
             if one.sampling.repetition_penalty != 1.0:
-                ids = torch.tensor([one.ids], device=device)
+                ids = send(torch.tensor([one.ids]), device)
                 draw.seen[place].copy_(token_bits(ids, draw.seen.shape[1])[0])
-            self.set_pages(place, one.pages)
+        put(self.table, [
+            one.pages + [SCRATCH_PAGE] * (self.table.shape[1] - len(one.pages)) for one in joining
+        ])  # fmt: skip
 
     def set_pages(self, place: int, pages: list[int]) -> None:
         """The pages of the row at a place, in the order of its tokens."""
         numbers = torch.tensor(pages, dtype=torch.int32)
-        self.table[place, : len(pages)].copy_(numbers, non_blocking=True)
+        self.table[place, : len(pages)].copy_(send(numbers, self.table.device))
 
     def move(self, source: int, target: int) -> None:
         """The row at source goes to target; source is without a row."""
@@ -253,6 +228,15 @@ class BatchStep(CapturedStep):
         if alpha is not None:
             product = product.add_(self.normed, alpha=alpha)
         out.copy_(product)
+
+
+def _slots(packed: Packed, pages: list[list[int]], virtual: int) -> tuple[Tensor, Tensor]:
+    """page * PAGE_TOKENS + place of each token (T,), and of virtual tokens (N, P), int32."""
+    table, before = padded(pages, torch.device("cpu")), torch.arange(virtual)
+    columns, sequences = packed.column + virtual, torch.arange(len(pages))[:, None]
+    slots = table[packed.sequence, columns // PAGE_TOKENS] * PAGE_TOKENS + columns % PAGE_TOKENS
+    of_virtual = table[sequences, before // PAGE_TOKENS] * PAGE_TOKENS + before % PAGE_TOKENS
+    return slots.int(), of_virtual.int()
 
 
 def batch_size(rows: int) -> int:

@@ -1,9 +1,10 @@
-"""Samples as padded batches, in an order that the seed and the epoch alone decide.
+"""Samples as batches, packed or padded, in an order that the seed and the epoch alone decide.
 
 Nothing is drawn while batches are made, so a run that was cut off goes on with the batch it would
 have had; and the samples of an optimizer step are the same for any number of processes.
-Pads stand on the right: what stands after <eop> is never seen by a real token, so no padding mask
-is needed.
+A packed batch is one row of the same samples (packed.py), and its loss that of the padded one. Pads
+stand on the right: what stands after <eop> is never seen by a real token, so no padding mask is
+needed.
 """
 
 import math
@@ -16,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .errors import ToolkitError
-from .loss import IGNORE
+from .loss import IGNORE, learned_tokens
+from .packed import Packed
 from .records import RecordFolder
 from .strategies import Sample
 
@@ -166,48 +168,95 @@ class SampleDataset(Dataset):
         raise IndexError(index)
 
 
-def collate(items, *, pad_token_id: int) -> dict[str, Any]:
+_INPUTS = ("input_ids", "labels", "context_lengths", "mask_positions", "packed", "learned")
+
+
+def model_inputs(batch: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """What the model takes of a batch; on the device, if one is given."""
+
+    def moved(value: Any) -> Any:
+        return tuple(map(moved, value)) if isinstance(value, tuple) else value.to(device)
+
+    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+    return inputs if device is None else {name: moved(value) for name, value in inputs.items()}
+
+
+def collate(items, *, pad_token_id: int, packing: bool = False) -> dict[str, Any]:
     """A batch of (item, sample).
 
     input_ids and labels (B, T): -100 up to and including <sop>, and on pads. context_lengths and
-    mask_positions (B,): the [gMASK] is the last context token. sample_index (B,). num_tokens and
-    learned_tokens (), pads not counted. num_items_in_batch, a number: see BatchPlan.
+    mask_positions (B,): the [gMASK] is the last context token. packing: instead, input_ids and
+    labels (1, T) of one row without pads, and how it is packed. learned: loss.learned_tokens.
+    sample_index (B,). num_tokens and learned_tokens (), pads not counted. num_items_in_batch, a
+    number: see BatchPlan.
     """
+    batch = _packed(items) if packing else _padded(items, pad_token_id)
+    learned = learned_tokens(batch["labels"])
+    return batch | {
+        "learned": learned,
+        "sample_index": torch.tensor([item.index for item, _ in items]),
+        "num_tokens": torch.tensor(sum(len(sample.input_ids) for _, sample in items)),
+        "learned_tokens": torch.tensor(len(learned[0])),
+        "num_items_in_batch": items[0][0].tokens_per_batch,
+    }
+
+
+def _padded(items, pad_token_id: int) -> dict[str, Any]:
     longest = max(len(sample.input_ids) for _, sample in items)
     input_ids = torch.full((len(items), longest), pad_token_id, dtype=torch.long)
     labels = torch.full_like(input_ids, IGNORE)
     for row, (item, sample) in enumerate(items):
-        ids = torch.tensor(sample.input_ids)
-        input_ids[row, : len(ids)] = ids
-        learned_from = sample.context_length + 1
-        if item.index != FILLER:
-            labels[row, learned_from : len(ids)] = ids[learned_from:]
+        length = len(sample.input_ids)
+        input_ids[row, :length] = torch.tensor(sample.input_ids)
+        labels[row, :length] = torch.tensor(_labels(item, sample))
     context_lengths = torch.tensor([sample.context_length for _, sample in items])
     return {
         "input_ids": input_ids,
         "labels": labels,
         "context_lengths": context_lengths,
         "mask_positions": context_lengths - 1,
-        "sample_index": torch.tensor([item.index for item, _ in items]),
-        "num_tokens": torch.tensor(sum(len(sample.input_ids) for _, sample in items)),
-        "learned_tokens": (labels != IGNORE).sum(),
-        "num_items_in_batch": items[0][0].tokens_per_batch,
     }
 
 
-def build_loader(dataset: SampleDataset, plan: BatchPlan, *, pad_token_id: int) -> DataLoader:
+def _packed(items) -> dict[str, Any]:
+    samples = [sample for _, sample in items]
+    packed = Packed.of(
+        [sample.context_length for sample in samples], [len(s.input_ids) for s in samples]
+    )
+    return {
+        "input_ids": packed.row([sample.input_ids for sample in samples])[None],
+        "labels": packed.row([_labels(item, sample) for item, sample in items])[None],
+        "packed": packed,
+    }
+
+
+def _labels(item: Item, sample: Sample) -> np.ndarray:
+    labels = np.array(sample.input_ids, dtype=np.int64)
+    labels[: None if item.index == FILLER else sample.context_length + 1] = IGNORE
+    return labels
+
+
+def build_loader(
+    dataset: SampleDataset, plan: BatchPlan, *, pad_token_id: int, packing: bool = False
+) -> DataLoader:
     """The plan's batches."""
     return DataLoader(
         dataset,
         batch_size=None,  # the plan gives whole batches
         sampler=plan,
-        collate_fn=lambda items: collate(items, pad_token_id=pad_token_id),
+        collate_fn=lambda items: collate(items, pad_token_id=pad_token_id, packing=packing),
     )
 
 
 def longest_batch(
-    dataset: SampleDataset, tokens: np.ndarray, *, batch_size: int, pad_token_id: int
+    dataset: SampleDataset,
+    tokens: np.ndarray,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    packing: bool = False,
 ) -> dict[str, Any]:
     """The batch that takes the most memory: the `batch_size` longest samples."""
     longest = np.argsort(-tokens, kind="stable")[:batch_size].tolist()
-    return collate(dataset[[Item(index, 1.0) for index in longest]], pad_token_id=pad_token_id)
+    items = dataset[[Item(index, 1.0) for index in longest]]
+    return collate(items, pad_token_id=pad_token_id, packing=packing)

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -62,8 +62,8 @@ def build_model(settings: Settings, config: ChatGLMConfig, *, total_steps: int) 
     torch.manual_seed(settings.train.seed)
     model = _load_to_train(settings, config)
     model.train()
-    if settings.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.recompute(_recomputed(settings, config))
+    model.use_fused_kernels(settings.train.fused_kernels)
     return apply_method(model, settings, total_steps=total_steps)
 
 
@@ -155,12 +155,22 @@ def resolve_settings(settings: Settings, config: ChatGLMConfig) -> Settings:
             f"trained_precision bf16 with precision {precision}: set precision bf16 as well, or"
             " leave trained_precision at 32"
         )
-    checkpointing = train.gradient_checkpointing
-    if checkpointing is None:
-        width = config.hidden_size * (4 * config.hidden_size + 2 * config.inner_hidden_size)
-        checkpointing = config.num_layers * width > LARGE_MODEL
-    changed = dataclasses.replace(train, precision=precision, gradient_checkpointing=checkpointing)
+    changed = dataclasses.replace(
+        train, precision=precision, gradient_checkpointing=_recomputed(settings, config)
+    )
     return dataclasses.replace(settings, train=changed)
+
+
+def _recomputed(settings: Settings, config: ChatGLMConfig) -> Literal["none", "selective", "full"]:
+    chosen = settings.train.gradient_checkpointing
+    if isinstance(chosen, str):
+        return chosen
+    if chosen is not None:
+        return "full" if chosen else "none"
+    width = config.hidden_size * (4 * config.hidden_size + 2 * config.inner_hidden_size)
+    if config.num_layers * width <= LARGE_MODEL:
+        return "none"
+    return "full" if settings.quantization or config.quantization_bit else "selective"
 
 
 def _check_config_file(path: str, config: ChatGLMConfig, named: Any) -> Any:

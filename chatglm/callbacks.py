@@ -53,8 +53,8 @@ class Rehearsal(lightning.Callback):
         if trainer.is_global_zero and module.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(module.device) / 2**30
             total = torch.cuda.get_device_properties(module.device).total_memory / 2**30
-            tokens = self.batch["input_ids"].shape
-            print(f"rehearsal on the longest batch, {tokens[0]} x {tokens[1]} tokens: peak"
+            tokens = self.batch["input_ids"].numel()
+            print(f"rehearsal on the longest batch, {tokens:,} tokens: peak"
                   f" {peak:.2f} GiB of {total:.1f}, the optimizer's state not counted")  # fmt: skip
         self.batch = {}
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .configuration import ChatGLMConfig
@@ -13,6 +14,11 @@ ACTIVATION_WIDTHS = 18
 """Activations that a block keeps for its backward pass, in hidden widths a token: the inputs of
 both norms and of the two linears after them, q, k and v as they come (3), q and k turned, the
 attention's output, and the inner layer twice (4 each)."""
+FUSED_WIDTHS = 11
+"""The same by the GPU kernels, in half precision, where the linears are frozen: the input of both
+norms and of query_key_value, q, k and v turned, the attention's output, the inner layer once."""
+TRAINED_WIDTHS = 5
+"""More than that where the linears train themselves: the inputs of the MLP's two."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +46,32 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """What training takes for a batch of num_tokens tokens, pads included.
 
-    DeepSpeed's splitting and offloading are not reckoned in.
+    settings: with gradient_checkpointing by its name (building.resolve_settings). DeepSpeed's
+    splitting and offloading are not reckoned in.
     """
     train = settings.train
     trained = [p for p in model.parameters() if p.requires_grad]
     width = 4 if train.precision == "32" or settings.method == "full" else 2
     layer = config.hidden_size * num_tokens * width
-    kept = ACTIVATION_WIDTHS * layer
-    if train.gradient_checkpointing:  # one input a block, and all of one block at a time
-        activations = config.num_layers * layer + 2 * kept
-    else:
+    kept = _kept_widths(settings, width) * layer
+    if train.gradient_checkpointing == "none":
         activations = config.num_layers * kept
+    else:  # one input a block, or a half of one, and all of one block at a time
+        inputs = 2 if train.gradient_checkpointing == "selective" else 1
+        activations = config.num_layers * inputs * layer + 2 * kept
     return MemoryEstimate(
         weights=sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
         gradients=sum(p.nbytes for p in trained),
         optimizer=sum(p.numel() for p in trained) * state_bytes(train.optimizer),
         activations=activations + 3 * 256 * config.vocab_size * 4,
     )
+
+
+def _kept_widths(settings: Settings, width: int) -> int:
+    train = settings.train
+    if not (train.fused_kernels and train.packing and width == 2 and torch.cuda.is_available()):
+        return ACTIVATION_WIDTHS
+    return FUSED_WIDTHS + (TRAINED_WIDTHS if settings.method in ("full", "freeze") else 0)
 
 
 def state_bytes(optimizer: str) -> int:

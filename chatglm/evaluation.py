@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .batches import Item, collate
+from .batches import Item, collate, model_inputs
 from .corpus import encode_rounds
 from .decoding import generate_tokens
 from .errors import ToolkitError
@@ -102,10 +102,13 @@ def mean_loss(model, samples: Sequence[Sample], *, batch_size: int) -> float:
     for indices in batches_by_length(lengths, batch_size, name="loss"):
         # Divided by 1, the loss of a batch is the sum over its tokens.
         items = [(Item(index, tokens_per_batch=1), samples[index]) for index in indices]
-        batch = collate(items, pad_token_id=model.config.pad_token_id)
-        for name, value in batch.items():  # one is a number
-            batch[name] = value.to(model.device) if torch.is_tensor(value) else value
-        total += model(**batch, use_cache=False, loss_only=True).loss.item()
+        batch = collate(items, pad_token_id=model.config.pad_token_id, packing=True)
+        total += model(
+            **model_inputs(batch, model.device),
+            num_items_in_batch=batch["num_items_in_batch"],
+            use_cache=False,
+            loss_only=True,
+        ).loss.item()
         num_tokens += int(batch["learned_tokens"])
     loss = total / num_tokens
     if not loss < 100:  # NaN is not below either

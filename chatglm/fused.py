@@ -7,6 +7,7 @@ are called as they are.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,14 @@ def supports(norm: nn.Module, hidden: Tensor) -> bool:
 
 
 def supports_norm(norm: nn.Module, hidden: Tensor) -> bool:
-    """Whether `layer_norm` takes the norm; ZeRO-3 has its weights only where it is called itself."""
-    if not hidden.is_cuda or not isinstance(norm, nn.LayerNorm) or torch.compiler.is_compiling():
+    """Whether `layer_norm` takes the norm, whose weights ZeRO-3 has only in its own call."""
+    if not (hidden.is_cuda and getattr(norm, "is_fused", False)) or torch.compiler.is_compiling():
         return False
     return not hasattr(norm.weight, "ds_id") and passes.supports_norm(hidden, norm)
 
 
 def half_block(
-    hidden: Tensor, norm: nn.LayerNorm, branch: Callable[[Tensor], Tensor], alpha: float
+    hidden: Tensor, norm: Any, branch: Callable[[Tensor], Tensor], alpha: float
 ) -> Tensor:
     """alpha * normed + branch(normed) of hidden (.., C), normed first."""
     normed, carried = _normed(hidden, norm, alpha)
@@ -47,7 +48,7 @@ def _normed(hidden: Tensor, norm: nn.LayerNorm, alpha: float) -> tuple[Tensor, T
 
 
 class _Norm(torch.autograd.Function):
-    """hidden (.., K) to what it is normed to, for the branch, and the same to be carried past it."""
+    """hidden (.., K) to its normed self, for the branch, and the same to be carried past it."""
 
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor, norm: nn.LayerNorm, alpha: float):

@@ -5,10 +5,12 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .batches import model_inputs
 from .errors import ToolkitError
 from .loss import IGNORE
 from .run_settings import Settings
@@ -16,7 +18,7 @@ from .run_settings import Settings
 GIB = 2**30
 
 
-def check_labels(batch: dict[str, Tensor]) -> None:
+def check_labels(batch: dict[str, Any]) -> None:
     """Only answers are learned: nothing up to and including <sop>, and something after it.
 
     batch: of batches.collate, on the CPU.
@@ -24,11 +26,16 @@ def check_labels(batch: dict[str, Tensor]) -> None:
     Raises:
         ToolkitError: with the samples' ids.
     """
-    labels, contexts = batch["labels"], batch["context_lengths"]
-    learned = labels != IGNORE
-    positions = torch.arange(labels.shape[1])
-    in_prompt = (learned & (positions[None] <= contexts[:, None])).any(1)
-    nothing = ~learned.any(1) & (batch["sample_index"] >= 0)
+    rows, columns = (batch["labels"] != IGNORE).nonzero(as_tuple=True)  # of what is learned
+    if "packed" in batch:
+        packed = batch["packed"]
+        rows, columns = packed.sequence[columns], packed.column[columns]
+        contexts = packed.context_lengths
+    else:
+        contexts = batch["context_lengths"]
+    number = len(batch["sample_index"])
+    in_prompt = rows[columns <= contexts[rows]].bincount(minlength=number) > 0
+    nothing = (rows.bincount(minlength=number) == 0) & (batch["sample_index"] >= 0)
     for wrong, what in ((in_prompt, "learn tokens of their prompt"), (nothing, "learn nothing")):
         if wrong.any():
             raise ToolkitError(
@@ -38,7 +45,7 @@ def check_labels(batch: dict[str, Tensor]) -> None:
 
 
 def check_loss(
-    loss: float, model: nn.Module, batch: dict[str, Tensor], *, step: int, precision: str
+    loss: float, model: nn.Module, batch: dict[str, Any], *, step: int, precision: str
 ) -> None:
     """Stop at a loss that is not finite, or exactly 0.
 
@@ -65,7 +72,7 @@ def check_loss(
 
 
 @torch.no_grad()
-def first_nonfinite_layer(model: nn.Module, batch: dict[str, Tensor]) -> str:
+def first_nonfinite_layer(model: nn.Module, batch: dict[str, Any]) -> str:
     """Name of the first module whose parameters or output are not finite, or "".
 
     A module is done after those inside it, so the innermost one is named.
@@ -85,8 +92,7 @@ def first_nonfinite_layer(model: nn.Module, batch: dict[str, Tensor]) -> str:
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
-        inputs = ("input_ids", "context_lengths", "mask_positions", "labels")
-        model(**{name: batch[name] for name in inputs}, use_cache=False, loss_only=True)
+        model(**model_inputs(batch), use_cache=False, loss_only=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -161,8 +167,8 @@ def out_of_memory_advice(settings: Settings) -> str:
         advice.append("train LoRA instead (lora_info_args.with_lora true)")
     elif not settings.quantization:
         advice.append("hold the frozen weights in int4 (quantization_bit 4, or load_in_4bit)")
-    if not train.gradient_checkpointing:
-        advice.append("set gradient_checkpointing true")
+    if train.gradient_checkpointing != "full":
+        advice.append("set gradient_checkpointing full")
     if train.train_batch_size > 1:
         half = train.train_batch_size // 2
         twice = train.gradient_accumulation_steps * 2

@@ -37,25 +37,36 @@ def next_token_loss(
     return total / num_items_in_batch
 
 
+def learned_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of labels (B, T): which tokens of all rows predict the learned ones, and these, each (N,).
+
+    On the CPU it is done before the labels are sent to a GPU, which nothing then waits for.
+    """
+    expected = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    places = (expected != IGNORE).nonzero()[:, 0]
+    return places, expected[places]
+
+
 def chunked_loss(
     hidden: Tensor,
-    labels: Tensor,
+    learned: tuple[Tensor, Tensor],
     head: nn.Module,
     num_items_in_batch: Tensor | float | None = None,
     *,
     chunk: int = CHUNK,
+    is_fused: bool = True,
 ) -> Tensor:
     """`next_token_loss` of head(hidden) without ever holding all logits; a scalar.
 
     Only the learned positions reach the head, `chunk` at a time, and the backward pass computes
     their logits again: all logits of 4 x 1024 tokens would be 2.1 GB in fp32, three times over.
     Under a frozen head on a GPU their gradient is computed beside the loss instead, as it does not
-    depend on what comes later, and none are computed again. hidden (B, T, C), labels (B, T).
+    depend on what comes later, and none are computed again. hidden (B, T, C), learned: of the
+    labels, as `learned_tokens` gives them.
     """
-    expected = labels[:, 1:]
-    learned = expected != IGNORE
-    rows, targets = hidden[:, :-1][learned], expected[learned]  # (N, C), (N,)
-    if _is_fusible(head, rows):
+    places, targets = learned
+    rows = hidden.flatten(0, 1).index_select(0, places)  # (N, C)
+    if is_fused and _is_fusible(head, rows):
         total = _FusedLoss.apply(rows, targets, head)
     else:
         total = hidden.new_zeros((), dtype=torch.float32) + 0 * rows.sum().float()

@@ -43,7 +43,7 @@ from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ToolkitError
 from .kernels import cpu
-from .loss import CHUNK, chunked_loss, next_token_loss
+from .loss import CHUNK, chunked_loss, learned_tokens, next_token_loss
 from .packed import Packed
 from .packed_attention import PackedAttention
 from .positions import (
@@ -74,8 +74,11 @@ def build_linear(config: ChatGLMConfig, in_features: int, out_features: int) -> 
 class LayerNorm(nn.LayerNorm):
     """Gives back the dtype it was given: autocast reckons norms in fp32 and would leave it so.
 
-    A half-precision stream then stays one, at half the memory of its activations.
+    A half-precision stream then stays one, at half the memory of its activations. is_fused: by a
+    kernel, where it runs.
     """
+
+    is_fused = True
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(.., C) to (.., C)."""
@@ -141,7 +144,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     """One layer; both residuals leave after their layer norm, times alpha.
 
     keeps_halves: what stands between the halves is kept for the backward pass, and all else of each
-    is computed again, all but its last product. is_fused: by kernels, where they run (fused.py).
+    is computed again, all but its last product.
     """
 
     def __init__(self, config: ChatGLMConfig, layer_index: int):
@@ -152,7 +155,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.attention = SelfAttention(config, layer_index)
         self.post_attention_layernorm = LayerNorm(width, eps=eps)
         self.mlp = MLP(config)
-        self.keeps_halves, self.is_fused = False, True
+        self.keeps_halves = False
 
     def forward(
         self,
@@ -174,10 +177,8 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         hidden = half(hidden, self.input_layernorm, attend)
         return half(hidden, self.post_attention_layernorm, self.mlp)
 
-    def _half(
-        self, hidden: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        if self.is_fused and fused.supports(norm, hidden):
+    def _half(self, hidden: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        if fused.supports(norm, hidden):
             return fused.half_block(hidden, norm, branch, self.alpha)
         normed = norm(hidden)
         return self.alpha * normed + branch(normed)
@@ -212,6 +213,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len else None
         self.gradient_checkpointing = False
+        self.is_fused = True
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -286,7 +288,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             half=half,
             dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
             else hidden.dtype,
-            fused=self.layers[0].is_fused,
+            is_fused=self.is_fused,
         )  # fmt: skip
         prefixes = self._prefixes(len(packed.lengths), hidden.dtype, False)
         for block, prefix in zip(self.layers, prefixes, strict=True):
@@ -420,6 +422,12 @@ class ChatGLMForConditionalGeneration(
         elif self.is_gradient_checkpointing:
             self.gradient_checkpointing_disable()
 
+    def use_fused_kernels(self, wanted: bool) -> None:
+        """Whether training goes by the GPU kernels of its own where they run; at first it does."""
+        for module in self.modules():
+            if isinstance(module, LayerNorm | ChatGLMModel):
+                module.is_fused = wanted
+
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.lm_head
@@ -445,6 +453,7 @@ class ChatGLMForConditionalGeneration(
         loss_only: bool = False,
         num_items_in_batch: Tensor | float | None = None,
         packed: Packed | None = None,
+        learned: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean loss if labels are given.
@@ -456,9 +465,9 @@ class ChatGLMForConditionalGeneration(
         labels (B, T), unshifted, -100 where nothing is learned. logits_to_keep: only the last so
         many positions, 0 for all. hidden_states: what enters each block, then the final norm's
         output. loss_only: the loss in little memory, without logits (loss.chunked_loss).
-        num_items_in_batch: what the summed loss is divided by; None: its learned tokens. packed: how
-        several sequences stand in the one row of input_ids and labels (1, T), which then need none
-        of the others (packed.py).
+        num_items_in_batch: what the summed loss is divided by; None: its learned tokens. learned:
+        loss.learned_tokens of the labels, if it is known. packed: how several sequences stand in
+        the one row of input_ids and labels (1, T); masks, positions and lengths follow from it.
 
         Raises:
             ToolkitError: past max_sequence_length, or continuing from a cache without positions.
@@ -478,9 +487,13 @@ class ChatGLMForConditionalGeneration(
         hidden = outputs.last_hidden_state
         if loss_only:
             assert labels is not None
+            learned = learned_tokens(labels) if learned is None else learned
             # ZeRO-3 gathers the head at each call, and every rank must call it equally often.
             chunk = hidden.shape[:2].numel() if hasattr(self.lm_head.weight, "ds_id") else CHUNK
-            loss = chunked_loss(hidden, labels, self.lm_head, num_items_in_batch, chunk=chunk)
+            loss = chunked_loss(
+                hidden, learned, self.lm_head, num_items_in_batch, chunk=chunk,
+                is_fused=self.transformer.is_fused,
+            )  # fmt: skip
             return CausalLMOutputWithPast(loss=loss)
         kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         logits = cpu.apply_linear(self.lm_head, kept)

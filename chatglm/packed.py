@@ -8,10 +8,11 @@ sequences of different lengths wants (packed_attention.py). Positions start agai
 so every token computes what it would compute in a row of its own.
 """
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,46 +42,34 @@ class Packed:
         assert all(0 < c < n for c, n in zip(context_lengths, lengths, strict=True))
         contexts, wholes = torch.tensor(context_lengths), torch.tensor(lengths)
         answers, numbers = wholes - contexts, torch.arange(len(lengths))
-        sequence = torch.cat([numbers.repeat_interleave(part) for part in (contexts, answers)])
-        first = [0] * len(lengths), context_lengths  # columns of contexts, then of answers
-        last = context_lengths, lengths
-        column = torch.cat([
-            torch.arange(a, b) for a, b in zip(itertools.chain(*first), itertools.chain(*last),
-                                               strict=True)
-        ])  # fmt: skip
+        sequence, column = [], []
+        for parts, first in ((contexts, torch.zeros_like(contexts)), (answers, contexts)):
+            number = numbers.repeat_interleave(parts)
+            begins = parts.cumsum(0) - parts
+            sequence.append(number)
+            column.append(torch.arange(len(number)) + (first - begins)[number])
         return cls(
-            sequence,
-            column,
+            torch.cat(sequence),
+            torch.cat(column),
             contexts,
             wholes,
-            num_context_tokens=sum(context_lengths),
-            longest_context=max(context_lengths),
+            num_context_tokens=int(contexts.sum()),
+            longest_context=int(contexts.max()),
             longest_answer=int(answers.max()),
-            longest=max(lengths),
+            longest=int(wholes.max()),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
         """The same with its tensors on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Packed(**{
-            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        })  # fmt: skip
+        moved: Any = {n: send(v, device) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
-    def pin_memory(self) -> "Packed":
-        """The same with its tensors in memory that is copied to a GPU without waiting."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Packed(**{
-            name: value.pin_memory() if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        })  # fmt: skip
-
-    def row(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """The values of all sequences, one a token, as they stand in the row, (T,)."""
-        contexts = self.context_lengths.tolist()
-        parts = [s[:c] for s, c in zip(sequences, contexts, strict=True)]
-        parts += [s[c:] for s, c in zip(sequences, contexts, strict=True)]
-        return torch.tensor(list(itertools.chain(*parts)))
+    def row(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+        """The values of all sequences, one a token, as they stand in the row, (T,) int64."""
+        cuts = list(zip(sequences, self.context_lengths.tolist(), strict=True))
+        parts = [s[:c] for s, c in cuts] + [s[c:] for s, c in cuts]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     @property
     def positions(self) -> Tensor:
@@ -145,6 +134,13 @@ class KeyPlaces:
             longest=packed.longest + num_virtual,
             longest_context=packed.longest_context + num_virtual,
         )
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device, without waiting for what runs there."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _ends(lengths: Tensor) -> Tensor:

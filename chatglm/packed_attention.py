@@ -38,13 +38,13 @@ class PackedAttention:
         max_length: int,
         half: bool,
         dtype: torch.dtype,
-        fused: bool = True,
+        is_fused: bool = True,
     ):
-        """half: rotary tables as in fp16 (rotary.py). dtype: of the heads. fused: by kernels, where
-        they run."""
+        """half: rotary tables as in fp16 (rotary.py). dtype: of the heads. is_fused: by kernels,
+        where they run."""
         self.packed, self.num_heads, self.num_virtual = packed, num_heads, num_virtual
         device = packed.lengths.device
-        self.is_fused = fused and head_width == 128 and runs_flash(dtype, device)
+        self.is_fused = is_fused and head_width == 128 and runs_flash(dtype, device)
         positions = packed.positions
         if self.is_fused:
             self.places = KeyPlaces.of(packed, num_virtual)
@@ -67,13 +67,50 @@ class PackedAttention:
 
         prefix: keys and values of virtual tokens, each (N, H, P, D).
         """
-        rows = mixed[0]
+        rows = mixed.flatten(0, 1)  # not mixed[0], whose gradient is copied into one of zeros
         if self.is_fused:
             parts = (None, None) if prefix is None else tuple(x.transpose(1, 2) for x in prefix)
             return _Flash.apply(rows.contiguous(), *parts, self).flatten(1)[None]
-        query, keys, values = rows.unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
-        query, keys = (apply_rotary(x, *self.rotary) for x in (query, keys))  # (T, H, D)
-        return self.padding.attend(query, keys, values, prefix).flatten(1)[None]
+        return self.padding.attend(*self._plain_heads(rows), prefix).flatten(1)[None]
+
+    def read(
+        self,
+        mixed: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        cache: tuple[Tensor, Tensor],
+        *,
+        slots: Tensor,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """The same without a gradient, (T, 3 H D) to (T, H D), and into a cache's pages.
+
+        cache: keys and values (pages, H, 64, D), of which the tokens get the slots (T,) int32, page
+        * 64 + place. only (N,): of these tokens alone, the last one of each sequence.
+        """
+        if not self.is_fused:
+            query, keys, values = self._plain_heads(mixed)
+            for stored, new in zip(cache, (keys, values), strict=True):
+                stored[slots // stored.shape[2], :, slots % stored.shape[2]] = new
+            out = self.padding.attend(query, keys, values, prefix)
+            return (out if only is None else out[only]).flatten(1)
+        places = self.places
+        query, keys, values = passes.split_heads(
+            mixed, self.turning, num_keys=places.num_keys, slots=slots, cache=cache
+        )
+        if prefix is not None:
+            keys[places.virtual], values[places.virtual] = (x.transpose(1, 2) for x in prefix)
+        if only is None:
+            return _attend(self, query, keys, values)[0].flatten(1)
+        one_each = torch.arange(len(only) + 1, device=only.device, dtype=torch.int32)
+        lengths = one_each, places.ends, 1, places.longest
+        scale = query.shape[-1] ** -0.5
+        out = _flash(query[only], keys, values, *lengths, 0.0, False, False, scale=scale)[0]
+        return out.flatten(1)
+
+    def _plain_heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, keys and values (T, H, D), the first two turned."""
+        query, keys, values = mixed.unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
+        return apply_rotary(query, *self.rotary), apply_rotary(keys, *self.rotary), values
 
 
 def runs_flash(dtype: torch.dtype, device: torch.device) -> bool:
@@ -89,27 +126,14 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mixed, virtual_keys, virtual_values, attention: PackedAttention) -> Tensor:
-        places, in_context = attention.places, attention.packed.num_context_tokens
-        query, keys, values = passes.split_heads(
-            mixed, attention.turning, num_keys=places.num_keys
-        )
+        places = attention.places
+        query, keys, values = passes.split_heads(mixed, attention.turning, num_keys=places.num_keys)
         if virtual_keys is not None:
             keys[places.virtual], values[places.virtual] = virtual_keys, virtual_values
-        of_contexts = _of_contexts(attention, keys, values)
-        out, sums, random = [], [], []
-        for part, own, lengths in (
-            (query[:in_context], of_contexts, _lengths_of_contexts(attention)),
-            (query[in_context:], (keys, values), _lengths_of_answers(attention)),
-        ):
-            causal = len(out) == 1
-            found = _flash(part, *own, *lengths, 0.0, causal, False, scale=part.shape[-1] ** -0.5)
-            out.append(found[0])
-            sums.append(found[1])
-            random += found[2:4]
-        ctx.attention, ctx.random = attention, random
-        joined = torch.cat(out)
-        ctx.save_for_backward(query, keys, values, joined, *sums)
-        return joined
+        out, sums, ctx.random = _attend(attention, query, keys, values)
+        ctx.attention = attention
+        ctx.save_for_backward(query, keys, values, out, *sums)
+        return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -120,13 +144,15 @@ class _Flash(torch.autograd.Function):
         gradient = gradient.contiguous()
         first, second = slice(None, in_context), slice(in_context, None)
         found = []
-        for number, (part, own, lengths) in enumerate((
-            (first, of_contexts, _lengths_of_contexts(attention)),
-            (second, (keys, values), _lengths_of_answers(attention)),
-        )):
+        for number, (part, own, lengths) in enumerate(
+            (
+                (first, of_contexts, _lengths_of_contexts(attention)),
+                (second, (keys, values), _lengths_of_answers(attention)),
+            )
+        ):
             found.append(_flash_backward(
                 gradient[part], query[part], *own, out[part], sums[number], *lengths, 0.0,
-                number == 1, *random[2 * number : 2 * number + 2], scale=query.shape[-1] ** -0.5,
+                number == 1, *random[number], scale=query.shape[-1] ** -0.5,
             ))  # fmt: skip
         (of_queries, *of_context_keys), (of_others, *of_keys) = found
         of_mixed = passes.join_heads(
@@ -143,6 +169,20 @@ class _Flash(torch.autograd.Function):
                 for whole, context in zip(of_keys, of_context_keys, strict=True)
             ]
         return of_mixed, *of_virtual, None
+
+
+def _attend(
+    attention: PackedAttention, query: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Any, Any]]:
+    """(T, H, D) of the row's queries, and of the two calls what the backward pass wants."""
+    in_context, scale = attention.packed.num_context_tokens, query.shape[-1] ** -0.5
+    of_contexts = _of_contexts(attention, keys, values)
+    first = _flash(query[:in_context], *of_contexts, *_lengths_of_contexts(attention), 0.0,
+                   False, False, scale=scale)  # fmt: skip
+    second = _flash(query[in_context:], keys, values, *_lengths_of_answers(attention), 0.0,
+                    True, False, scale=scale)  # fmt: skip
+    out = torch.cat((first[0], second[0]))
+    return out, (first[1], second[1]), (first[2:4], second[2:4])
 
 
 def _of_contexts(attention: PackedAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,13 +233,10 @@ class _Padding:
         self, query: Tensor, keys: Tensor, values: Tensor, prefix: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """(T, H, D) each, to (T, H, D)."""
-        padded = [self._padded(x) for x in (query, keys, values)]
+        q, k, v = (self._padded(x) for x in (query, keys, values))
         if prefix is not None:
-            padded[1:] = [
-                torch.cat((before, own), dim=2)
-                for before, own in zip(prefix, padded[1:], strict=True)
-            ]
-        out = F.scaled_dot_product_attention(*padded, attn_mask=self.mask)
+            k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return out.transpose(1, 2)[self.packed.sequence, self.packed.column]
 
     def _padded(self, x: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
-"""The prompt's pass through the model, for kernels: what forward() computes, in fewer passes.
+"""The prompts' pass through the model, for kernels: what forward() computes, in fewer passes.
 
 Beside the products, reading a prompt is memory traffic: turning query and key alone is a dozen
-passes over them in plain tensors. Here each layer has seven. Attention goes without a mask where
-all rows are of one length, which lets the fast kernels take it: the context sees all of itself, and
-what comes after it, usually <sop> alone, sees everything. The last layer is computed for the last
-token only.
+passes over them in plain tensors. Here each layer has six. Rows of one length go without a mask,
+which lets the fast kernels take their attention: the context sees all of itself, and what comes
+after it, usually <sop> alone, sees everything. Prompts of many lengths that go into pages are read
+side by side in one row instead, without pads. The last layer is computed for the last tokens only.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from .kernels import ops
+from .kernels import ops, passes
+from .packed import Packed
+from .packed_attention import PackedAttention
 from .positions import ATTENTION_KERNELS, allowed_keys, position_rows, token_index
 from .step_cache import StepCache
 
@@ -29,40 +32,113 @@ def read_prompts(
     context_lengths: Tensor,
     mask_positions: Tensor,
 ) -> Tensor:
-    """The last tokens' hidden states (B, C), before the last norm.
+    """The last tokens' hidden states (B, C), after the last norm.
 
     input_ids (B, T), attention_mask (B, T) of prompts padded on the right, None without pads. The
     cache is filled from its beginning, virtual tokens of a prefix first. rotary: cosine and sine
     (positions, D / 2) in fp32. context_lengths, mask_positions (B,).
     """
-    transformer = model.transformer
-    prefix = _prefix(transformer, len(input_ids), cache.dtype)
+    prefix = _prefix(model.transformer, len(input_ids), cache.dtype)
     virtual = 0 if prefix is None else prefix.shape[-2]
     index = token_index(input_ids, attention_mask)
     positions = position_rows(index, context_lengths, mask_positions).to(torch.int32).contiguous()
     attend = _Attention(input_ids, attention_mask, context_lengths, virtual)
     lengths = index[:, -1:] + 1
-    hidden = transformer.word_embeddings(input_ids)
-    last = len(transformer.layers) - 1
-    for number, layer in enumerate(transformer.layers):
-        normed = layer.input_layernorm(hidden)
-        mixed = layer.attention.query_key_value(normed)
+
+    def attention(number: int, mixed: Tensor, only_last: bool) -> Tensor:
         keys, values = cache.room_for_prompt(number, virtual + input_ids.shape[1])
         if prefix is not None:
             keys[:, :, :virtual], values[:, :, :virtual] = prefix[number]
         query = ops.rotate(mixed, positions, keys, values, rotary, offset=virtual)
-        if number == last:
-            query, normed = _last_of(query.transpose(1, 2), lengths), _last_of(normed, lengths)
-            query = query.transpose(1, 2)
+        if only_last:
+            query = _last_of(query.transpose(1, 2), lengths).transpose(1, 2)
         context = attend(query, keys, values)
         cache.keep_prompt(number, keys, values)
-        hidden = layer.attention.dense(context.transpose(1, 2).flatten(2))
-        hidden = hidden.add_(normed, alpha=layer.alpha)
-        normed = layer.post_attention_layernorm(hidden)
-        del mixed, query, context, hidden  # what follows takes the most memory
+        return context.transpose(1, 2).flatten(2)
+
+    hidden = model.transformer.word_embeddings(input_ids)
+    return _through(model.transformer, hidden, attention, lambda x: _last_of(x, lengths))[:, 0]
+
+
+def read_packed(
+    model: Any,
+    input_ids: Tensor,
+    packed: Packed,
+    pages: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    slots: Tensor,
+    virtual_slots: Tensor,
+) -> Tensor:
+    """The last tokens' hidden states (N, C), after the last norm, of prompts in one row (T,).
+
+    pages: of a layer, keys and values (pages, H, 64, D). slots (T,), virtual_slots (N, P) int32:
+    page * 64 + place of each token and virtual token.
+    """
+    config, transformer = model.config, model.transformer
+    prefix = _prefix(transformer, len(packed.lengths), transformer.dtype)
+    attend = PackedAttention(
+        packed,
+        num_heads=config.num_attention_heads,
+        head_width=config.head_width,
+        num_virtual=config.pre_seq_len or 0,
+        max_length=config.max_sequence_length,
+        half=transformer.dtype != torch.float32,
+        dtype=transformer.dtype,
+    )
+    last = packed.last_tokens()
+
+    def attention(number: int, mixed: Tensor, only_last: bool) -> Tensor:
+        before = None
+        if prefix is not None:
+            before = prefix[number, 0], prefix[number, 1]  # each (N, H, P, D)
+            for stored, new in zip(pages(number), before, strict=True):
+                places = virtual_slots // stored.shape[2], virtual_slots % stored.shape[2]
+                stored[places[0], :, places[1]] = new.transpose(1, 2)
+        only = last if only_last else None
+        return attend.read(mixed, before, pages(number), slots=slots, only=only)
+
+    def last_of(x: Tensor) -> Tensor:
+        adapters = getattr(model, "row_adapters", None)
+        if adapters is not None and adapters.index is not None:  # of each token so far
+            adapters.index = adapters.index[last]
+        return x[last]
+
+    return _through(transformer, transformer.word_embeddings(input_ids), attention, last_of)
+
+
+def _through(
+    transformer: Any,
+    hidden: Tensor,
+    attention: Callable[[int, Tensor, bool], Tensor],
+    last_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The blocks and the last norm; in the last block, the last tokens alone after attention.
+
+    attention: of a layer's number, query, key and value, and whether only the last tokens' counts.
+    """
+    layers = transformer.layers
+    normed = layers[0].input_layernorm(hidden)
+    for number, layer in enumerate(layers):
+        is_last = number == len(layers) - 1
+        mixed = layer.attention.query_key_value(normed)
+        context = attention(number, mixed, is_last)
+        normed = last_of(normed) if is_last else normed
+        branch = layer.attention.dense(context)
+        del mixed, context, hidden  # what follows takes the most memory
+        normed = _next_norm(branch, normed, layer.alpha, layer.post_attention_layernorm)
+        del branch
         inner = F.gelu(layer.mlp.dense_h_to_4h(normed), approximate="tanh")
-        hidden = layer.mlp.dense_4h_to_h(inner).add_(normed, alpha=layer.alpha)
-    return hidden[:, 0]
+        hidden = layer.mlp.dense_4h_to_h(inner)
+        following = transformer.final_layernorm if is_last else layers[number + 1].input_layernorm
+        normed = _next_norm(hidden, normed, layer.alpha, following)
+    return normed
+
+
+def _next_norm(branch: Tensor, normed: Tensor, alpha: float, norm: nn.LayerNorm) -> Tensor:
+    """The norm of branch + alpha * normed; both are written over."""
+    if passes.supports_norm(branch, norm):
+        return passes.layer_norm(branch, norm, residual=normed, alpha=alpha, out=normed)
+    return norm(branch.add_(normed, alpha=alpha))
 
 
 def _prefix(transformer: Any, rows: int, dtype: torch.dtype) -> Tensor | None:

@@ -42,11 +42,20 @@ class RowLinear(nn.Module):
         self.register_buffer("up", up)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, in) to (B, T, out)."""
+        """(B, T, in) to (B, T, out); or (T, in), with an index for each token, to (T, out)."""
         out, index = self.linear(x), self.adapters.index
-        return out if index is None else out + self.added(x, index)
+        if index is None:
+            return out
+        return out + (self.added(x, index) if x.dim() == 3 else self.added_to_tokens(x, index))
 
     def added(self, x: Tensor, index: Tensor) -> Tensor:
         """What the adapters index (B,) add for x (B, T, in), in its precision."""
         down, up = self.down[index], self.up[index]
         return (x.to(down.dtype) @ down.mT @ up.mT).to(x.dtype)
+
+    def added_to_tokens(self, x: Tensor, index: Tensor) -> Tensor:
+        """The same for x (T, in) and index (T,): all adapters at once, and none but each's own."""
+        inner = x.to(self.down.dtype) @ self.down.flatten(0, 1).T  # (T, (N + 1) R)
+        own = index[:, None] == torch.arange(len(self.down), device=index.device)
+        inner = inner.unflatten(1, (len(self.down), -1)) * own[..., None]
+        return (inner.flatten(1) @ self.up.mT.flatten(0, 1)).to(x.dtype)

@@ -13,7 +13,7 @@ from .errors import ToolkitError, nearest
 EMBEDDED_CONFIG = "./config/config_tiny.json"
 """Shape of the model that is trained from scratch when no weights are named."""
 LARGE_MODEL = 1_000_000_000
-"""Parameters from which gradient checkpointing is on unless it is set."""
+"""Parameters from which activations are computed again unless it is set otherwise."""
 BLOCK_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 Optimizer = Literal[
@@ -78,9 +78,15 @@ class TrainSettings:
     """Batches summed before an optimizer step."""
     drop_last: bool = False
     """Leave out the samples of an epoch that don't fill its last optimizer step."""
-    gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: a third slower, a fraction of the memory; null:
-    for models above a billion parameters."""
+    packing: bool = True
+    """Lay the samples of a batch side by side in one row, unseen by each other; false: padded rows,
+    which give the same losses, slower."""
+    gradient_checkpointing: Literal["none", "selective", "full"] | bool | None = None
+    """What the backward pass computes again instead of keeping it: nothing, what is within each
+    half of a block, or all of a block (true); null: none for models below a billion parameters,
+    selective for larger ones, full over quantised weights."""
+    fused_kernels: bool = True
+    """Norms, heads, LoRA and the loss by GPU kernels; false: by plain torch, to debug."""
     optimizer: Optimizer = "adamw"
     """Of torch, pytorch_optimizer (lamb, lion) or bitsandbytes (8-bit, and paged on a GPU)."""
     learning_rate: float | None = None

@@ -157,7 +157,7 @@ class CapturedStep:
             context_lengths=context,
             mask_positions=mask_positions,
         )
-        scores = model.lm_head(model.transformer.final_layernorm(hidden))
+        scores = model.lm_head(hidden)
         self.scores[: self.sequences].copy_(scores)
         virtual = config.pre_seq_len or 0
         self.counts.lengths.copy_(virtual + lengths - 1)  # the sampling of the first token adds 1

@@ -1,6 +1,7 @@
 """The LightningModule: what one step of training and of evaluation is."""
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from .batches import BatchPlan, Entry, SampleDataset, build_loader, longest_batch
+from .batches import (
+    BatchPlan,
+    Entry,
+    SampleDataset,
+    build_loader,
+    longest_batch,
+    model_inputs,
+)
 from .errors import ToolkitError
 from .guards import check_gradients, check_labels, check_loss, check_scale
 from .optim import build_optimizer
@@ -22,6 +30,9 @@ from .records import RecordFolder, read_manifest
 from .run_settings import Settings
 from .sharding import whole_gradient
 from .tuning.adapters import plain_model
+
+COUNTED_BATCHES = 1000
+"""Of an epoch, to say how full batches are."""
 
 
 class TrainingData:
@@ -36,8 +47,9 @@ class TrainingData:
         *,
         pad_token_id: int,
         files_per_entry: Sequence[int] = (),
+        packing: bool = True,
     ):
-        self.records, self.pad_token_id = records, pad_token_id
+        self.records, self.pad_token_id, self.packing = records, pad_token_id, packing
         ends = np.searchsorted(records["train"].index["file"], np.cumsum(files_per_entry))
         self.samples_per_entry = np.diff(ends, prepend=0).tolist()
         self.to_train = [records[split] for split in ("train", "mix") if split in records]
@@ -87,7 +99,7 @@ class TrainingData:
 
     def train_loader(self, plan: BatchPlan) -> DataLoader:
         """The plan's batches, the mixed-in samples after the others."""
-        return build_loader(SampleDataset(*self.to_train), plan, pad_token_id=self.pad_token_id)
+        return self._loader(SampleDataset(*self.to_train), plan)
 
     def dev_loader(self, *, batch_size: int, rank: int, world_size: int) -> DataLoader | list:
         """This process's share of the dev set, in file order; [] without one."""
@@ -95,16 +107,32 @@ class TrainingData:
             return []
         dev = self.records["dev"]
         plan = BatchPlan(dev.lengths()[1], batch_size=batch_size, rank=rank, world_size=world_size)
-        return build_loader(SampleDataset(dev), plan, pad_token_id=self.pad_token_id)
+        return self._loader(SampleDataset(dev), plan)
 
-    def longest_batch(self, settings: Settings) -> dict[str, Tensor]:
-        """The batch that takes the most memory."""
+    def _loader(self, dataset: SampleDataset, plan: BatchPlan) -> DataLoader:
+        return build_loader(dataset, plan, pad_token_id=self.pad_token_id, packing=self.packing)
+
+    def longest_batch(self, batch_size: int, *, packing: bool) -> dict[str, Any]:
+        """The batch of so many samples that takes the most memory."""
         return longest_batch(
             SampleDataset(*self.to_train),
             self.tokens,
-            batch_size=settings.train.train_batch_size,
+            batch_size=batch_size,
             pad_token_id=self.pad_token_id,
+            packing=packing,
         )
+
+    def describe_batches(self, settings: Settings, *, world_size: int) -> str:
+        """How full batches are, a line; of the first ones of an epoch."""
+        batches = itertools.islice(self.plan(settings, world_size=world_size), COUNTED_BATCHES)
+        lengths = [self.tokens[[max(item.index, 0) for item in batch]] for batch in batches]
+        real = sum(int(one.sum()) for one in lengths)
+        padded = sum(int(one.max()) * len(one) for one in lengths)
+        fill = f"{real / padded:.0%} of the tokens of padded batches are real"
+        if self.packing:
+            mean = f"{real / len(lengths):,.0f} on average"
+            return f"packing: all tokens of a batch are real, {mean}; {fill}"
+        return f"without packing: {fill}"
 
     def digest(self) -> str:
         """Of what the records were built from: data, tokenizer, template, lengths."""
@@ -159,15 +187,7 @@ class ChatGLMTraining(lightning.LightningModule):
         return self._loss(self.model, batch, num_items_in_batch=batch["num_items_in_batch"])
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
-        return model(
-            input_ids=batch["input_ids"],
-            labels=batch["labels"],
-            context_lengths=batch["context_lengths"],
-            mask_positions=batch["mask_positions"],
-            use_cache=False,
-            loss_only=True,
-            **options,
-        ).loss
+        return model(**model_inputs(batch), use_cache=False, loss_only=True, **options).loss
 
     def on_train_epoch_start(self) -> None:
         """Speed and mean loss are counted within the epoch."""

@@ -117,10 +117,11 @@ def test_weights_trained_in_bf16_need_arithmetic_in_bf16(without_gpu, precision)
 
 def test_activations_are_recomputed_for_models_above_a_billion_parameters_unless_set():
     large = {"hidden_size": 4096, "inner_hidden_size": 16384, "num_layers": 28}
-    assert not resolved().gradient_checkpointing
-    assert resolved(large).gradient_checkpointing
-    assert not resolved(large, gradient_checkpointing=False).gradient_checkpointing
-    assert resolved(gradient_checkpointing=True).gradient_checkpointing
+    assert resolved().gradient_checkpointing == "none"
+    assert resolved(large).gradient_checkpointing == "selective"
+    assert resolved(large, gradient_checkpointing=False).gradient_checkpointing == "none"
+    assert resolved(gradient_checkpointing=True).gradient_checkpointing == "full"
+    assert resolved(large, gradient_checkpointing="full").gradient_checkpointing == "full"
 
 
 def write_config_file(folder, **content):

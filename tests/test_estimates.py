@@ -67,14 +67,14 @@ def kept_bytes(model):
 
 
 def test_the_activations_are_what_autograd_keeps():
-    chosen = settings(gradient_checkpointing=False)
+    chosen = settings(gradient_checkpointing="none")
     model = build(chosen)
     found = estimate_memory(model, model.config, chosen, num_tokens=64)
     assert found.activations - LOGITS == pytest.approx(kept_bytes(model), rel=0.05)
 
 
 def test_checkpointing_keeps_less_and_the_estimate_covers_it():
-    plain, chosen = settings(gradient_checkpointing=False), settings(gradient_checkpointing=True)
+    plain, chosen = settings(gradient_checkpointing="none"), settings(gradient_checkpointing="full")
     model = build(chosen)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     found = estimate_memory(model, model.config, chosen, num_tokens=64)

@@ -210,7 +210,7 @@ def test_a_full_card_is_one_line_with_its_size_and_the_advice():
     [
         (
             {"train_batch_size": 8, "gradient_accumulation_steps": 3},
-            ["train LoRA", "gradient_checkpointing true",
+            ["train LoRA", "gradient_checkpointing full",
              "train_batch_size 4 and gradient_accumulation_steps 6", "paged_adamw_8bit",
              "max_seq_length 1024", "deepspeed"],
         ),
@@ -220,11 +220,11 @@ def test_a_full_card_is_one_line_with_its_size_and_the_advice():
              "deepspeed"],
         ),
         (
-            {"lora": True, "bits": 4, "train_batch_size": 2, "gradient_checkpointing": True},
+            {"lora": True, "bits": 4, "train_batch_size": 2, "gradient_checkpointing": "full"},
             ["train_batch_size 1 and gradient_accumulation_steps 2", "max_seq_length", "deepspeed"],
         ),
         (
-            {"gradient_checkpointing": True, "train_batch_size": 1, "optimizer": "adamw_8bit",
+            {"gradient_checkpointing": "full", "train_batch_size": 1, "optimizer": "adamw_8bit",
              "enable_deepspeed": True},
             ["train LoRA", "max_seq_length"],
         ),

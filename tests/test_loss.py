@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chatglm.loss import CHUNK, IGNORE, chunked_loss, next_token_loss
+from chatglm.loss import CHUNK, IGNORE, chunked_loss, learned_tokens, next_token_loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -46,7 +46,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_all_logits(tokens, num_
     if tokens == CHUNK:
         assert (both.labels[:, 1:] != IGNORE).sum() > 2 * CHUNK
     plain = next_token_loss(both.head(both.hidden), both.labels, num_items)
-    chunked = chunked_loss(both.hidden, both.labels, both.head, num_items)
+    chunked = chunked_loss(both.hidden, learned_tokens(both.labels), both.head, num_items)
     torch.testing.assert_close(chunked, plain)
     for found, expected in zip(both.gradients(chunked), both.gradients(plain), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_all_logits(tokens, num_
 @pytest.mark.parametrize("num_items", [None, 7.0])
 def test_a_batch_that_learns_nothing_has_a_loss_of_0_and_gradients_of_0(num_items):
     both = Heads(5, ignored=1.0)
-    loss = chunked_loss(both.hidden, both.labels, both.head, num_items)
+    loss = chunked_loss(both.hidden, learned_tokens(both.labels), both.head, num_items)
     assert loss.item() == 0
     assert all(not gradient.any() for gradient in both.gradients(loss))
 
@@ -67,5 +67,5 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
         seen.append(rows.shape)
         return both.head(rows)
 
-    chunked_loss(both.hidden, both.labels, head).backward()
+    chunked_loss(both.hidden, learned_tokens(both.labels), head).backward()
     assert len(seen) == 2 * 3 and max(shape[0] for shape in seen) == CHUNK

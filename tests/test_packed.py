@@ -143,8 +143,7 @@ def test_recomputing_gives_the_same_gradients(mode):
 def plainly(model):
     """The same model by plain torch."""
     plain = copy.deepcopy(model)
-    for block in plain.transformer.layers:
-        block.is_fused = False
+    plain.use_fused_kernels(False)
     return plain
 
 

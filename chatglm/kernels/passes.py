@@ -1,11 +1,12 @@
 """Kernels of whole passes: layer norms, heads of packed sequences, the loss; forward and backward.
 
 B rows, K wide, T tokens in a row of packed sequences, C of them of contexts, S keys of the whole
-sequences, H heads, D head width. Everything is fp16 or bf16 on one GPU, and contiguous; a norm's own
-weight and bias may be fp32.
+sequences, H heads, D head width. Everything is fp16 or bf16 on one GPU, and contiguous; a norm's
+own weight and bias may be fp32.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def _half(x: Tensor) -> tuple[str, ...]:
 # ---- layer norm ----
 
 
-def supports_norm(x: Tensor, norm: nn.LayerNorm) -> bool:
+def supports_norm(x: Tensor, norm: Any) -> bool:
     """Whether `layer_norm` takes rows x (.., K) and the norm."""
     width, own = x.shape[-1], {norm.weight.dtype, norm.bias.dtype}
     fits = width % 8 == 0 and width <= WIDEST_NORM and len(own) == 1
@@ -82,8 +83,8 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of hidden (B, K), which was normed, and of the norm's weight and bias (K,) in fp32.
 
-    gradient (B, K): that of what came out, and alpha * carried, if given, is added to it. wants_own:
-    the last two are None without it.
+    gradient (B, K): that of what came out, and alpha * carried, if given, is added to it.
+    wants_own: the last two are None without it.
     """
     rows, out = len(hidden), torch.empty_like(hidden)
     defines = _norm_defines(hidden, weight) + (("OWN",) if wants_own else ())
@@ -127,8 +128,8 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query (T, H, D), keys and values (S, H, D) out of mixed (T, 3 H D), turned by position.
 
-    num_keys: S; the places of virtual tokens are left as they are. slots (T,) int32, with cache, keys
-    and values (pages, H, 64, D): where they go besides, page * 64 + place.
+    num_keys: S; the places of virtual tokens are left as they are. slots (T,) int32, with cache,
+    keys and values (pages, H, 64, D): where they go besides, page * 64 + place.
     """
     tokens, heads = len(mixed), mixed.shape[1] // (3 * HEAD_WIDTH)
     query = mixed.new_empty(tokens, heads, HEAD_WIDTH)

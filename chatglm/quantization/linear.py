@@ -158,7 +158,7 @@ class QuantizedLinear(nn.Linear):
         if not torch.is_grad_enabled() and kind in _WITHOUT_GRADIENT:
             multiply = _WITHOUT_GRADIENT[kind]
         product = multiply(rows, self.weight, self.weight_scale, self.bias, self.bits)
-        return product.view(*x.shape[:-1], self.out_features)
+        return product if x.dim() == 2 else product.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn, recurse: bool = True) -> "QuantizedLinear":
         """A change of the model's precision leaves the scales' alone."""

@@ -10,6 +10,7 @@ from ..model import ChatGLMForConditionalGeneration
 from ..run_settings import Settings
 from .adapters import add_adalora, add_lora
 from .freeze import freeze_layers
+from .fused_lora import fuse_lora
 from .prompt import train_prefix
 
 
@@ -33,6 +34,8 @@ def apply_method(
         )
     elif settings.method == "lora":
         tuned = add_lora(model, settings.lora)
+        if settings.train.fused_kernels:
+            fuse_lora(tuned)
     elif settings.method == "adalora":
         tuned = add_adalora(model, settings.adalora, total_steps=total_steps)
     dtype = torch.float32 if settings.train.trained_precision == "32" else torch.bfloat16

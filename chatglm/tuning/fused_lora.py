@@ -28,12 +28,13 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if args or kwargs or not passes.supports(dtype, x.device) or not _is_plain(layer):
         return LoraLinear.forward(layer, x, *args, **kwargs)
-    name = layer.active_adapters[0]
-    x = x.to(dtype)
-    out, given = layer.base_layer(x), layer.lora_dropout[name](x)
-    return _WithAdapter.apply(
+    name, rows = layer.active_adapters[0], x.to(dtype).flatten(0, -2)
+    # Of rows, as what has the shape of x would be a view, whose gradient is copied again and again.
+    out, given = layer.base_layer(rows), layer.lora_dropout[name](rows)
+    summed = _WithAdapter.apply(
         out, given, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     )
+    return summed.view(*x.shape[:-1], -1)
 
 
 def _is_plain(layer: Any) -> bool:
@@ -48,25 +49,23 @@ def _is_plain(layer: Any) -> bool:
 
 
 class _WithAdapter(torch.autograd.Function):
-    """out (.., N) + scaling * given (.., K) A^T B^T; A (R, K), B (N, R)."""
+    """out (T, N), to which scaling * given (T, K) A^T B^T is added; A (R, K), B (N, R)."""
 
     @staticmethod
     def forward(ctx, out: Tensor, given: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        rows, narrow_a, narrow_b = given.flatten(0, -2), a.to(given.dtype), b.to(given.dtype)
-        inner = rows @ narrow_a.T  # (T, R)
-        ctx.save_for_backward(rows, inner, narrow_a, narrow_b)
-        ctx.scaling, ctx.dtypes, ctx.shape = scaling, (a.dtype, b.dtype), given.shape
-        summed = out.flatten(0, -2).addmm_(inner, narrow_b.T, alpha=scaling)
+        narrow_a, narrow_b = a.to(given.dtype), b.to(given.dtype)
+        inner = given @ narrow_a.T  # (T, R)
+        ctx.save_for_backward(given, inner, narrow_a, narrow_b)
+        ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
         ctx.mark_dirty(out)
-        return out if summed.data_ptr() == out.data_ptr() else out.copy_(summed.view_as(out))
+        return out.addmm_(inner, narrow_b.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        rows, inner, a, b = ctx.saved_tensors
-        of_out = gradient.flatten(0, -2)
-        of_inner = (of_out @ b).mul_(ctx.scaling)
-        of_a = of_inner.T @ rows
-        of_b = (of_out.T @ inner).mul_(ctx.scaling)
-        of_given = (of_inner @ a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        given, inner, a, b = ctx.saved_tensors
+        of_inner = (gradient @ b).mul_(ctx.scaling)
+        of_a = of_inner.T @ given
+        of_b = (gradient.T @ inner).mul_(ctx.scaling)
+        of_given = of_inner @ a if ctx.needs_input_grad[1] else None
         dtype_a, dtype_b = ctx.dtypes
         return gradient, of_given, of_a.to(dtype_a), of_b.to(dtype_b), None
