@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import ops
@@ -26,6 +25,8 @@ BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
 """Rows of a graph: the fewest that hold a batch; beyond, in steps of the last difference."""
 HISTORY_LINES = 8
 """Passes that may be told before the tokens of the first are looked at, and some."""
+WARM_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048)
+"""Of the prompts that are read before there are any."""
 SCRATCH_PAGE = 0
 """Whatever is written for places without a row goes there."""
 
@@ -104,10 +105,19 @@ class BatchStep(CapturedStep):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the graphs of all batches; there may be no row yet."""
+        """Capture the graphs of all batches, and read prompts of many lengths, whose products are
+        different kernels, loaded at their first use; there may be no row yet."""
         sizes = {batch_size(rows) for rows in range(1, self.rows + 1)}
         for size in sorted(sizes, reverse=True):
             self._batch(min(size, self.rows)).next_token()
+        config = self.model.config
+        for length in WARM_TOKENS:
+            if length <= config.max_sequence_length:
+                text = [config.pad_token_id] * (length - 2)
+                ids = [*text, config.gmask_token_id, config.bos_token_id]
+                pages = [SCRATCH_PAGE] * self.table.shape[1]
+                with self._on_device():
+                    self._read([Joining(ids, length, pages, Sampling(), seed=0)])
 
     @torch.inference_mode()
     def start(self, first: int, joining: Sequence[Joining], *, number: int) -> None:
@@ -222,12 +232,11 @@ class BatchStep(CapturedStep):
         base: Any = linear.linear
         super()._product(x, base, out, norm=norm)
         given = x if norm is None else self.normed
-        product = out + linear.added(given[:, None], self.adapters)[:, 0]
+        out.add_(linear.added(given[:, None], self.adapters)[:, 0])
         if gelu:
-            product = F.gelu(product, approximate="tanh")
+            torch.ops.aten.gelu.out(out, approximate="tanh", out=out)
         if alpha is not None:
-            product = product.add_(self.normed, alpha=alpha)
-        out.copy_(product)
+            out.add_(self.normed, alpha=alpha)
 
 
 def _slots(packed: Packed, pages: list[list[int]], virtual: int) -> tuple[Tensor, Tensor]:

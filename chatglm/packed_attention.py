@@ -21,8 +21,8 @@ from .packed import KeyPlaces, Packed
 from .positions import allowed_keys
 from .rotary import apply_rotary, rotary_for_positions, rotary_tables
 
-_flash: Any = torch.ops.aten._flash_attention_forward
-_flash_backward: Any = torch.ops.aten._flash_attention_backward
+_flash: Any = torch.ops.aten._flash_attention_forward.default
+_flash_backward: Any = torch.ops.aten._flash_attention_backward.default
 
 
 class PackedAttention:
@@ -187,6 +187,9 @@ def _attend(
 
 def _of_contexts(attention: PackedAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The contexts' keys and values among those of whole sequences."""
+    if len(attention.packed.lengths) == 1:  # the whole begins with them
+        longest = attention.places.longest_context
+        return keys[:longest], values[:longest]
     which = attention.places.of_contexts
     return keys.index_select(0, which), values.index_select(0, which)
 

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ToolkitError
-from .kernels import ops, products
+from .kernels import ops, passes, products
 from .positions import find_context
 from .prefill import read_prompts
 from .quantization.linear import QuantizedLinear
@@ -110,6 +109,9 @@ class CapturedStep:
         self.inner = torch.empty(rows, config.inner_hidden_size, dtype=dtype, device=device)
         self.scores = torch.zeros(rows, config.vocab_size, dtype=dtype, device=device)
         self._norms_within = self._norm_fits(rows)
+        self._adds_in_norm = passes.supports_norm(self.hidden, model.transformer.final_layernorm)
+        self._unadded = 0.0
+        """So many times the last normed vector are to be added to hidden before its next norm."""
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def _norm_fits(self, rows: int) -> bool:
@@ -199,7 +201,7 @@ class CapturedStep:
             self._step()  # compiles what is not compiled yet, and lets libraries set themselves up
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on
             self._step()
         torch.cuda.synchronize()
         for tensor, before in zip(self._changing(), kept, strict=True):
@@ -289,7 +291,7 @@ class CapturedStep:
         if stored_linear(linear) is not linear or self.rows > most_rows:  # it has adapters, or
             self._library_product(x, linear, out, norm=norm, gelu=gelu, alpha=alpha)
             return
-        if norm is not None and not self._norms_within:
+        if norm is not None and (not self._norms_within or self._unadded):
             x, norm = self._normalise(x, norm), None
         products.linear(
             x,
@@ -307,16 +309,25 @@ class CapturedStep:
     def _library_product(self, x, linear, out, *, norm, gelu, alpha) -> None:
         if norm is not None:
             x = self._normalise(x, norm)
-        product = linear(x)
+        if type(linear) is nn.Linear and linear.bias is not None:
+            torch.addmm(linear.bias, x, linear.weight.T, out=out)
+        elif type(linear) is nn.Linear:
+            torch.mm(x, linear.weight.T, out=out)
+        else:
+            out.copy_(linear(x))
         if gelu:
-            product = F.gelu(product, approximate="tanh")
-        if alpha is not None:
-            product = product.add_(self.normed, alpha=alpha)
-        out.copy_(product)
+            torch.ops.aten.gelu.out(out, approximate="tanh", out=out)
+        if alpha is not None and self._adds_in_norm:
+            self._unadded = alpha
+        elif alpha is not None:
+            out.add_(self.normed, alpha=alpha)
 
     def _normalise(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        self.normed.copy_(norm(x))
-        return self.normed
+        if not self._adds_in_norm:
+            return self.normed.copy_(norm(x))
+        alpha, self._unadded = self._unadded, 0.0
+        residual = self.normed if alpha else None
+        return passes.layer_norm(x, norm, residual=residual, alpha=alpha, out=self.normed)
 
     def _sample(self) -> None:
         ops.sample(

@@ -11,6 +11,7 @@ import functools
 import glob
 import pathlib
 import re
+import struct
 import sysconfig
 from collections.abc import Sequence
 from typing import Any
@@ -121,7 +122,11 @@ class Kernel:
     def __init__(self, name: str, device: int, defines: tuple[str, ...], shared_bytes: int):
         major, minor = torch.cuda.get_device_capability(device)
         self.name, self.device, self.shared_bytes = name, device, shared_bytes
-        self.overlaps = major >= 9
+        self._attributes = (_LaunchAttribute * 1)()
+        self._attributes[0] = _LaunchAttribute(
+            _PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1)
+        )
+        self._num_attributes = 1 if major >= 9 else 0
         code = _compiled(name, 10 * major + minor, defines)
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
@@ -149,25 +154,31 @@ class Kernel:
         arguments: tensors (None: a null pointer), ints (32 bits) and floats (32 bits), in the
         kernel's order; tensors must be contiguous, and outlive the launch.
         """
-        values = [_as_argument(one) for one in arguments]
-        addresses = (ctypes.c_void_p * len(values))(
-            *(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values)
-        )
+        number = len(arguments)
+        values = (ctypes.c_uint64 * number)(*map(_bits_of, arguments))
+        first = ctypes.addressof(values)
+        addresses = (ctypes.c_void_p * number)(*range(first, first + 8 * number, 8))
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        config = _LaunchConfig(*grid, threads, 1, 1, self.shared_bytes, stream)
-        overlap = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
-        if self.overlaps:
-            config.attributes = ctypes.addressof(overlap)
-            config.num_attributes = 1
+        config = _LaunchConfig(
+            *grid, threads, 1, 1, self.shared_bytes, stream,
+            ctypes.addressof(self._attributes), self._num_attributes,
+        )  # fmt: skip
         launch = _driver().cuLaunchKernelEx
-        with torch.cuda.device(self.device):
-            self._check(launch(ctypes.byref(config), self.function, addresses, None), "launch")
+        if torch.cuda.current_device() == self.device:
+            status = launch(ctypes.byref(config), self.function, addresses, None)
+        else:
+            with torch.cuda.device(self.device):
+                status = launch(ctypes.byref(config), self.function, addresses, None)
+        self._check(status, "launch")
 
 
-def _as_argument(value: Any) -> Any:
-    if value is None or isinstance(value, Tensor):
-        return ctypes.c_void_p(None if value is None else value.data_ptr())
-    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
+def _bits_of(value: Tensor | int | float | None) -> int:
+    """An argument as it stands in memory; the upper half of one of 32 bits is not looked at."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if value is None:
+        return 0
+    return value if isinstance(value, int) else int.from_bytes(struct.pack("<f", value), "little")
 
 
 @functools.cache

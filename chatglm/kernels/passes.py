@@ -5,6 +5,7 @@ sequences, H heads, D head width. Everything is fp16 or bf16 on one GPU, and con
 own weight and bias may be fp32.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,15 @@ WIDEST_NORM = 8192
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether kernels run on the device in this precision."""
+    return _is_capable(dtype, device) and reason_against_card(device.index) is None
+
+
+@functools.cache
+def _is_capable(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
-    enough = torch.cuda.get_device_capability(device) >= least
-    return enough and reason_against_card(device.index) is None
+    return torch.cuda.get_device_capability(device) >= least
 
 
 def _half(x: Tensor) -> tuple[str, ...]:
@@ -37,9 +42,9 @@ def _half(x: Tensor) -> tuple[str, ...]:
 
 def supports_norm(x: Tensor, norm: Any) -> bool:
     """Whether `layer_norm` takes rows x (.., K) and the norm."""
-    width, own = x.shape[-1], {norm.weight.dtype, norm.bias.dtype}
-    fits = width % 8 == 0 and width <= WIDEST_NORM and len(own) == 1
-    return fits and own <= {x.dtype, torch.float32} and supports(x.dtype, x.device)
+    width, own = x.shape[-1], norm.weight.dtype
+    fits = width % 8 == 0 and width <= WIDEST_NORM and own == norm.bias.dtype
+    return fits and own in (x.dtype, torch.float32) and supports(x.dtype, x.device)
 
 
 def _norm_defines(x: Tensor, weight: Tensor) -> tuple[str, ...]:
