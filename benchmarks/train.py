@@ -299,10 +299,9 @@ def measure_full() -> tuple[str, Found | None]:
         Optimizer = torch.optim.Adafactor
     model = our_model().requires_grad_(True)
     part_head(model)
-    model.recompute("selective")
     optimizer = Optimizer(trained(model), lr=1e-6)
     found = measure("full", model, optimizer, equal_sizes(4, 1024), packed_batch)
-    return f"4 x 1024, selective, {Optimizer.__name__}", found
+    return f"4 x 1024, {Optimizer.__name__}", found
 
 
 def cells(found: Found | None) -> str:

@@ -59,15 +59,15 @@ def chunked_loss(
     """`next_token_loss` of head(hidden) without ever holding all logits; a scalar.
 
     Only the learned positions reach the head, `chunk` at a time, and the backward pass computes
-    their logits again: all logits of 4 x 1024 tokens would be 2.1 GB in fp32, three times over.
-    Under a frozen head on a GPU their gradient is computed beside the loss instead, as it does not
-    depend on what comes later, and none are computed again. hidden (B, T, C), learned: of the
-    labels, as `learned_tokens` gives them.
+    their logits again: all logits of 4 x 1024 tokens would be 2.1 GB in fp32, three times over. On
+    a GPU their gradient is computed beside the loss instead, as it does not depend on what comes
+    later, and none are computed again. hidden (B, T, C), learned: of the labels, as
+    `learned_tokens` gives them.
     """
     places, targets = learned
     rows = hidden.flatten(0, 1).index_select(0, places)  # (N, C)
     if is_fused and _is_fusible(head, rows):
-        total = _FusedLoss.apply(rows, targets, head)
+        total = _FusedLoss.apply(rows, targets, head.weight)
     else:
         total = hidden.new_zeros((), dtype=torch.float32) + 0 * rows.sum().float()
         for part, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
@@ -81,30 +81,36 @@ def _summed(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
 
 
 def _is_fusible(head: Any, rows: Tensor) -> bool:
-    if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None:
+    if type(head) is not nn.Linear or head.bias is not None:
         return False
     same = head.weight.dtype == rows.dtype and not hasattr(head.weight, "ds_id")
     return same and head.out_features % 8 == 0 and passes.supports(rows.dtype, rows.device)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The sum of the losses of rows (N, C), and at once its gradient."""
+    """The sum of the losses of rows (N, C) under a head (V, C), and at once its gradients."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
-        wants = ctx.needs_input_grad[0]
-        of_rows = torch.empty_like(rows) if wants else None
+    def forward(ctx, rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        of_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), FUSED_CHUNK):
             some = slice(start, start + FUSED_CHUNK)
-            scores = rows[some] @ head.weight.T
+            scores = rows[some] @ weight.T
             total += passes.cross_entropy_(scores, targets[some]).sum()
             if of_rows is not None:
-                torch.mm(scores, head.weight, out=of_rows[some])
-        ctx.save_for_backward(of_rows)
+                torch.mm(scores, weight, out=of_rows[some])
+            if of_weight is not None:
+                of_weight.addmm_(scores.T, rows[some])
+        ctx.save_for_backward(of_rows, of_weight)
         return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (of_rows,) = ctx.saved_tensors
-        return of_rows * gradient, None, None
+        of_rows, of_weight = ctx.saved_tensors
+        return (
+            None if of_rows is None else of_rows * gradient,
+            None,
+            None if of_weight is None else of_weight.mul_(gradient),  # as large as the head
+        )

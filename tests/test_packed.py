@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatglm.configuration import ChatGLMConfig
+from chatglm.loss import learned_tokens
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.packed import KeyPlaces, Packed
 from chatglm.positions import position_rows
@@ -167,3 +168,23 @@ class TestOnGpu:
         for name, gradient in found[0].items():
             errors = [(one[name].float() - gradient).norm() / gradient.norm() for one in found[1:]]
             assert errors[1] < 1.5 * errors[0] + 2e-3, (name, errors)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+class TestLossOnGpu:
+    pytestmark = GPU
+
+    def test_the_loss_and_its_gradients_are_those_of_all_logits(self, trained):
+        model = build(WIDE, device="cuda", dtype=torch.bfloat16)
+        model.lm_head.weight.requires_grad_(trained)
+        inputs = in_one_row(sequences(12, 150), "cuda")  # more tokens than one part of the loss has
+        assert len(learned_tokens(inputs["labels"])[0]) > 512
+        exact = plainly(model).float()
+        expected = gradients(exact, exact(**inputs).loss)
+        loss = model(**inputs, loss_only=True).loss
+        assert abs(loss - exact(**inputs).loss) < 2e-3
+        found = gradients(model, loss)
+        assert ("lm_head.weight" in found) == trained
+        for name, gradient in found.items():
+            error = (gradient.float() - expected[name]).norm() / expected[name].norm()
+            assert error < 0.03, (name, error)
