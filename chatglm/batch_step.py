@@ -7,16 +7,15 @@ row has a step below 0: the kernels pass it by.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernels import ops
-from .packed import Packed, send
-from .paged_cache import PAGE_TOKENS, padded
-from .prefill import read_packed
+from .packed import send
+from .paged_cache import PAGE_TOKENS
+from .prompt_graphs import SCRATCH_PAGE, SIZE_STEP, Joining, PromptGraphs, Prompts, read_scores
 from .row_adapters import RowLinear
 from .sampling import Sampling
 from .steps import CapturedStep, Counts, seed_words, token_bits
@@ -25,22 +24,8 @@ BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
 """Rows of a graph: the fewest that hold a batch; beyond, in steps of the last difference."""
 HISTORY_LINES = 8
 """Passes that may be told before the tokens of the first are looked at, and some."""
-WARM_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048)
-"""Of the prompts that are read before there are any."""
-SCRATCH_PAGE = 0
-"""Whatever is written for places without a row goes there."""
-
-
-@dataclass(frozen=True)
-class Joining:
-    """A row that joins: its prompt, which ids begins with, and its answer so far."""
-
-    ids: list[int]
-    prompt_length: int
-    pages: list[int]
-    sampling: Sampling
-    seed: int
-    adapter: int = 0
+WARM_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048)
+"""Of prompts of which two are read together before there are any."""
 
 
 class PagedStepCache:
@@ -83,6 +68,11 @@ class BatchStep(CapturedStep):
         self.adapters = torch.zeros(most_rows, dtype=torch.int64, device=device)
         self.counts.steps.fill_(-1)
         self._batches: dict[int, CapturedStep] = {}
+        self._prompts = PromptGraphs(
+            device,
+            num_virtual=model.config.pre_seq_len or 0,
+            has_adapters=hasattr(model, "row_adapters"),
+        )
         for module in model.modules():
             if isinstance(module, RowLinear):
                 module.to(model.transformer.dtype)  # products of one precision
@@ -105,19 +95,23 @@ class BatchStep(CapturedStep):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the graphs of all batches, and read prompts of many lengths, whose products are
-        different kernels, loaded at their first use; there may be no row yet."""
+        """Capture the graphs of all batches and prompts, and read some prompts together, whose
+        products are other kernels, loaded at their first use; there may be no row yet."""
         sizes = {batch_size(rows) for rows in range(1, self.rows + 1)}
         for size in sorted(sizes, reverse=True):
             self._batch(min(size, self.rows)).next_token()
-        config = self.model.config
-        for length in WARM_TOKENS:
-            if length <= config.max_sequence_length:
-                text = [config.pad_token_id] * (length - 2)
-                ids = [*text, config.gmask_token_id, config.bos_token_id]
-                pages = [SCRATCH_PAGE] * self.table.shape[1]
-                with self._on_device():
-                    self._read([Joining(ids, length, pages, Sampling(), seed=0)])
+        longest = self.model.config.max_sequence_length
+        with self._on_device():
+            for length in range(SIZE_STEP, longest + 1, SIZE_STEP):
+                self._read([self._pads(length)])
+            for length in WARM_TOKENS:
+                self._read([self._pads(min(length, longest))] * 2)
+
+    def _pads(self, length: int) -> Joining:
+        """A prompt of so many tokens that say nothing."""
+        pages = [SCRATCH_PAGE] * self.table.shape[1]
+        ids = [self.model.config.pad_token_id] * length
+        return Joining(ids, length, pages, Sampling(), seed=0)
 
     @torch.inference_mode()
     def start(self, first: int, joining: Sequence[Joining], *, number: int) -> None:
@@ -139,25 +133,16 @@ class BatchStep(CapturedStep):
 
     def _read(self, joining: Sequence[Joining]) -> Tensor:
         model, device = self.model, self.tokens.device
+
+        def work(prompts: Prompts) -> Tensor:
+            return read_scores(model, prompts, lambda number: self.cache.layer(number)[:2])
+
+        if len(joining) == 1 and joining[0].is_new:
+            return self._prompts.read(joining[0], work, model.config.pad_token_id)
+        has_adapters = hasattr(model, "row_adapters") and any(one.adapter for one in joining)
         virtual: int = model.config.pre_seq_len or 0
-        packed = Packed.of(
-            [one.prompt_length - 1 for one in joining],  # up to <sop>
-            [len(one.ids) for one in joining],
-        )
-        slots, virtual_slots = _slots(packed, [one.pages for one in joining], virtual)
-        if hasattr(model, "row_adapters"):
-            numbers = torch.tensor([one.adapter for one in joining])
-            some = bool(numbers.any())
-            model.row_adapters.index = send(numbers[packed.sequence], device) if some else None
-        hidden = read_packed(
-            model,
-            send(packed.row([one.ids for one in joining]), device),
-            packed.to(device),
-            lambda number: self.cache.layer(number)[:2],
-            slots=send(slots, device),
-            virtual_slots=send(virtual_slots, device),
-        )
-        return model.lm_head(hidden)
+        prompts = Prompts.of(joining, num_virtual=virtual, has_adapters=has_adapters)
+        return work(prompts.to(device))
 
     def _set(self, joining: Sequence[Joining], number: int) -> None:
         """Counts and rules of these places."""
@@ -237,15 +222,6 @@ class BatchStep(CapturedStep):
             torch.ops.aten.gelu.out(out, approximate="tanh", out=out)
         if alpha is not None:
             out.add_(self.normed, alpha=alpha)
-
-
-def _slots(packed: Packed, pages: list[list[int]], virtual: int) -> tuple[Tensor, Tensor]:
-    """page * PAGE_TOKENS + place of each token (T,), and of virtual tokens (N, P), int32."""
-    table, before = padded(pages, torch.device("cpu")), torch.arange(virtual)
-    columns, sequences = packed.column + virtual, torch.arange(len(pages))[:, None]
-    slots = table[packed.sequence, columns // PAGE_TOKENS] * PAGE_TOKENS + columns % PAGE_TOKENS
-    of_virtual = table[sequences, before // PAGE_TOKENS] * PAGE_TOKENS + before % PAGE_TOKENS
-    return slots.int(), of_virtual.int()
 
 
 def batch_size(rows: int) -> int:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
+@dataclass(eq=False)
+class Packed:  # not frozen: Lightning looks into what a batch holds, and refuses frozen classes
     """How N sequences of T tokens together, C of them of contexts, stand in a row.
 
     sequence, column (T,): of each token, the number of its sequence and its own number in it.

@@ -7,7 +7,7 @@ Weights served at other angles give other numbers, so bf16 and quantised runs us
 only fp32 runs take fp32 angles, as the released code does.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 BASE = 10000.0
 
 
-@lru_cache(maxsize=16)
+@cache  # for good: captured graphs go on reading them
 def rotary_tables(
     max_length: int, dim: int, *, half: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:

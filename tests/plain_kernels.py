@@ -9,7 +9,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from chatglm import decoding, steps
+from chatglm import decoding, prompt_graphs, steps
 from chatglm.kernels import ops, products
 from chatglm.quantization.linear import dequantize_rows
 from chatglm.rotary import apply_rotary
@@ -130,6 +130,13 @@ class Replay:
         self.replay = step._step
 
 
+class Again:
+    """The same of a prompt."""
+
+    def __init__(self, work):
+        self.replay = work
+
+
 def use(monkeypatch):
     """Captured steps on a CPU until the test ends."""
     monkeypatch.setattr(products, "linear", linear)
@@ -139,5 +146,7 @@ def use(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(prompt_graphs, "new_pool", lambda: None)
+    monkeypatch.setattr(prompt_graphs, "capture", lambda work, pool: Again(work))
     monkeypatch.setattr(steps.CapturedStep, "_capture", lambda step: Replay(step))
     monkeypatch.setattr(decoding, "reason_against", lambda model: None)
