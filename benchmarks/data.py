@@ -27,6 +27,7 @@ import psutil
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from chatglm.batches import BatchPlan, SampleDataset, build_loader  # noqa: E402
 from chatglm.builder import build_records  # noqa: E402
 from chatglm.corpus import read_paragraphs  # noqa: E402
 from chatglm.formats import parse_record  # noqa: E402
@@ -38,7 +39,7 @@ from chatglm.sources import parse_json  # noqa: E402
 from chatglm.strategies import CutRules, SpecialTokens  # noqa: E402
 from chatglm.tokenizer import ChatGLMTokenizer  # noqa: E402
 
-READS = 300_000
+READS, BATCH = 300_000, 32
 
 
 def write_corpus(path: str, sources: list[str], count: int) -> None:
@@ -149,6 +150,17 @@ def reads_a_second(read: Callable[[int], Any], count: int) -> float:
     return READS / seconds
 
 
+def batches_a_second(folder: RecordFolder, *, packing: bool) -> tuple[float, float]:
+    """Batches and tokens that training's loader gives in a second, of BATCH samples in random order."""
+    plan = BatchPlan(folder.lengths()[1], batch_size=BATCH, shuffle_seed=0)
+    loader = build_loader(SampleDataset(folder), plan, pad_token_id=3, packing=packing)
+    start, tokens, number = time.perf_counter(), 0, 0
+    for number, batch in enumerate(itertools.islice(loader, READS // BATCH), start=1):
+        tokens += int(batch["num_tokens"])
+    seconds = time.perf_counter() - start
+    return number / seconds, tokens / seconds
+
+
 def main() -> None:
     """Write the corpus, build and read; one table each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -207,6 +219,14 @@ def main() -> None:
     print("\n| read in random order from | samples/s, one process |\n|---|---|")
     for name, read in readers.items():
         print(f"| {name} | {reads_a_second(read, count):,.0f} |", flush=True)
+    print(
+        f"\n| batches of {BATCH} from record | batches/s, one process | tokens/s |\n|---|---|---|"
+    )
+    for packing in (True, False):
+        batches, tokens = batches_a_second(RecordFolder(f"{given.work}/record"), packing=packing)
+        print(
+            f"| {'packed' if packing else 'padded'} | {batches:,.0f} | {tokens:,.0f} |", flush=True
+        )
 
 
 if __name__ == "__main__":

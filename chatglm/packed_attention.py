@@ -9,6 +9,8 @@ The calls are torch's operators and not torch.nn.attention.varlen_attn: the whol
 autograd, which keeps query, keys, values and what comes out, and nothing twice.
 """
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from .kernels import passes
 from .packed import KeyPlaces, Packed
 from .positions import allowed_keys
 from .rotary import apply_rotary, rotary_for_positions, rotary_tables
+
+logger = logging.getLogger("chatglm")
 
 _flash: Any = torch.ops.aten._flash_attention_forward.default
 _flash_backward: Any = torch.ops.aten._flash_attention_backward.default
@@ -44,7 +48,8 @@ class PackedAttention:
         where they run."""
         self.packed, self.num_heads, self.num_virtual = packed, num_heads, num_virtual
         device = packed.lengths.device
-        self.is_fused = is_fused and head_width == 128 and runs_flash(dtype, device)
+        reason = _reason_against_flash(head_width, dtype, device) if is_fused else "as was asked"
+        self.is_fused = reason is None
         positions = packed.positions
         if self.is_fused:
             self.places = KeyPlaces.of(packed, num_virtual)
@@ -113,12 +118,25 @@ class PackedAttention:
         return apply_rotary(query, *self.rotary), apply_rotary(keys, *self.rotary), values
 
 
-def runs_flash(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether flash attention over sequences of different lengths runs on the device."""
-    if not passes.supports(dtype, device):
-        return False
-    enough = torch.cuda.get_device_capability(device) >= (8, 0)
-    return enough and torch.backends.cuda.is_flash_attention_available()
+@functools.cache
+def _reason_against_flash(head_width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why attention goes by padded rows, or None where it does not; on a GPU it is said once."""
+    if device.type != "cuda":
+        return "no GPU"
+    reason = None
+    if head_width != passes.HEAD_WIDTH:
+        reason = f"the heads are {head_width} wide and not {passes.HEAD_WIDTH}"
+    elif dtype == torch.float32:
+        reason = "it is reckoned in 32 bits"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "flash attention needs a card of compute capability 8.0 or later"
+    elif not torch.backends.cuda.is_flash_attention_available():
+        reason = "this torch has no flash attention"
+    elif not passes.supports(dtype, device):
+        reason = "the kernels that split its heads do not run"
+    if reason is not None:
+        logger.warning("attention of packed samples goes by padded rows, and slower: %s", reason)
+    return reason
 
 
 class _Flash(torch.autograd.Function):

@@ -18,6 +18,7 @@ from chatglm.batches import (
     build_loader,
     collate,
     longest_batch,
+    model_inputs,
 )
 from chatglm.configuration import ChatGLMConfig
 from chatglm.errors import ToolkitError
@@ -213,28 +214,30 @@ def test_an_optimizer_step_has_the_same_samples_however_it_is_cut(number, seed):
     assert [len(step) for step in first[:-1]] == [8] * (len(first) - 1)
 
 
-def step_gradient(model, layout, *, step):
+def step_gradient(model, layout, *, step, packing=False):
     """What the optimizer sees: Lightning's and DDP's mean over the batches of an optimizer step."""
     model = copy.deepcopy(model)
     world_size, accumulate = layout["world_size"], layout["accumulate"]
     for rank in range(world_size):
         one = BatchPlan(LEARNED, rank=rank, shuffle_seed=0, **layout)
-        loader = build_loader(SampleDataset(SAMPLES), one, pad_token_id=PAD)
+        loader = build_loader(SampleDataset(SAMPLES), one, pad_token_id=PAD, packing=packing)
         for batch in list(loader)[step * accumulate : (step + 1) * accumulate]:
-            options = {name: batch[name] for name in (*INPUTS, "num_items_in_batch")}
-            loss = model(**options, use_cache=False, loss_only=True).loss
+            items = batch["num_items_in_batch"]
+            inputs = model_inputs(batch)
+            loss = model(**inputs, num_items_in_batch=items, use_cache=False, loss_only=True).loss
             (loss / (accumulate * world_size)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("step", [0, 1], ids=["whole", "last"])
-def test_the_gradient_of_an_optimizer_step_is_the_same_however_it_is_cut(model, step):
+def test_the_gradient_of_an_optimizer_step_is_the_same_however_it_is_cut(model, step, packing):
     whole = copy.deepcopy(model)
     chosen = BatchPlan(LEARNED, batch_size=8, shuffle_seed=0).order()[8 * step : 8 * step + 8]
     batch = collate([(Item(i, 1.0), SAMPLES[i]) for i in chosen.tolist()], pad_token_id=PAD)
     whole(**{name: batch[name] for name in INPUTS}, use_cache=False).loss.backward()
     for layout in LAYOUTS:
-        found = step_gradient(model, layout, step=step)
+        found = step_gradient(model, layout, step=step, packing=packing)
         for name, parameter in whole.named_parameters():
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5)
 
@@ -424,3 +427,20 @@ def test_the_samples_of_two_files_follow_one_another(tmp_path):
     assert seen == {index: one.input_ids.tolist() for index, one in enumerate(SAMPLES[:5])}
     with pytest.raises(IndexError):
         dataset[[Item(5, 1.0)]]
+
+
+def test_a_packed_batch_has_the_samples_of_the_padded_one():
+    packed, padded = (collate(ITEMS, pad_token_id=PAD, packing=on) for on in (True, False))
+    for name in ("sample_index", "num_tokens", "learned_tokens", "num_items_in_batch"):
+        assert torch.equal(torch.as_tensor(packed[name]), torch.as_tensor(padded[name]))
+    assert packed["input_ids"].shape == (1, int(packed["num_tokens"]))
+    place = packed["packed"]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(packed[name][0], padded[name][place.sequence, place.column])
+    both = [batch["learned"][1].sort().values for batch in (packed, padded)]
+    assert torch.equal(*both)
+
+
+def test_a_filler_learns_nothing_when_it_is_packed():
+    batch = collate(SampleDataset(SAMPLES)[[Item(FILLER, 5.0)]], pad_token_id=PAD, packing=True)
+    assert (batch["labels"] == -100).all() and len(batch["learned"][0]) == 0

@@ -54,11 +54,20 @@ def model():
     return ChatGLMForConditionalGeneration(ChatGLMConfig(**CONFIG))
 
 
-@pytest.fixture
-def batch():
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def batch(request):
     rows = [(17, [10, 11, GMASK, SOP, 40, 41, EOP], 3), (4, [10, GMASK, SOP, 42, EOP], 2)]
     items = [(Item(index, 5.0), Sample(ids, context)) for index, ids, context in rows]
-    return collate(items, pad_token_id=3)
+    return collate(items, pad_token_id=3, packing=request.param)
+
+
+def label(batch, row, value, *, at=slice(None)):
+    """Set the labels of a sample, or the one at a place of it."""
+    if "packed" not in batch:
+        batch["labels"][row, at] = value
+        return
+    places = (batch["packed"].sequence == row).nonzero()[:, 0]
+    batch["labels"][0, places[at]] = value
 
 
 @torch.no_grad()
@@ -68,20 +77,20 @@ def poison(model, name, value=float("nan")):
 
 def test_batches_that_learn_their_answers_pass(batch):
     check_labels(batch)
-    batch["labels"][1] = -100
+    label(batch, 1, -100)
     batch["sample_index"][1] = FILLER
     check_labels(batch)
 
 
 @pytest.mark.parametrize("position", [0, 2, 3])
 def test_a_learned_token_of_the_prompt_stops_with_the_sample(batch, position):
-    batch["labels"][0, position] = 10
+    label(batch, 0, 10, at=position)
     with pytest.raises(ToolkitError, match=r"samples \[17\] learn tokens of their prompt: build"):
         check_labels(batch)
 
 
 def test_a_sample_that_learns_nothing_stops_with_its_index(batch):
-    batch["labels"][1] = -100
+    label(batch, 1, -100)
     with pytest.raises(ToolkitError, match=r"samples \[4\] learn nothing: build the records anew"):
         check_labels(batch)
 

@@ -6,7 +6,7 @@
 #include "norm.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(
-    const u16* x, const u16* residual, const Own* weight, const Own* bias, u16* hidden, u16* normed,
+    const u16* x, const u16* residual, const u16* weight, const u16* bias, u16* hidden, u16* normed,
     float2* stats, float epsilon, float alpha) {
     let_next_start();
     __shared__ float scratch[2][THREADS / 32];
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(
     for (int n = 0; n < MINE; n++) {
         const int i = n * THREADS + threadIdx.x;
         if (i >= EIGHTS) continue;
-        const Eight w = own(weight, i), b = own(bias, i);
+        const Eight w = unpacked(((const uint4*)weight)[i]), b = unpacked(((const uint4*)bias)[i]);
 #pragma unroll
         for (int j = 0; j < 8; j++) mine[n].x[j] = (mine[n].x[j] - mean) * scale * w.x[j] + b.x[j];
         ((uint4*)(normed + row))[i] = packed(mine[n]);

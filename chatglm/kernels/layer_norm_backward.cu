@@ -8,7 +8,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
     const u16* gradient, const u16* carried, const u16* hidden, const float2* stats,
-    const Own* weight, u16* of_hidden, float* of_own, int rows, float alpha) {
+    const u16* weight, u16* of_hidden, float* of_own, int rows, float alpha) {
     let_next_start();
     __shared__ float scratch[4][THREADS / 32];
     wait_for_previous();
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
                 for (int j = 0; j < 8; j++) g.x[j] += alpha * more.x[j];
             }
             x[n] = unpacked(((const uint4*)(hidden + row))[i]);
-            const Eight w = own(weight, i);
+            const Eight w = unpacked(((const uint4*)weight)[i]);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 x[n].x[j] = (x[n].x[j] - stat.x) * stat.y;

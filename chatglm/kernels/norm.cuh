@@ -1,5 +1,4 @@
-// What layer_norm.cu and layer_norm_backward.cu share. To be defined: WIDTH (K, a multiple of 8), and WIDE if the
-// norm's own weight and bias are fp32.
+// What layer_norm.cu and layer_norm_backward.cu share. To be defined: WIDTH (K, a multiple of 8).
 
 #define THREADS 256
 #define EIGHTS (WIDTH / 8)
@@ -24,19 +23,6 @@ DEVICE uint4 packed(const Eight& v) {
     for (int j = 0; j < 4; j++) p[j] = pack(v.x[2 * j], v.x[2 * j + 1]);
     return out;
 }
-
-#ifdef WIDE
-typedef float Own;
-DEVICE Eight own(const Own* from, int i) {
-    Eight out;
-    ((float4*)out.x)[0] = ((const float4*)from)[2 * i];
-    ((float4*)out.x)[1] = ((const float4*)from)[2 * i + 1];
-    return out;
-}
-#else
-typedef u16 Own;
-DEVICE Eight own(const Own* from, int i) { return unpacked(((const uint4*)from)[i]); }
-#endif
 
 // Of all threads; scratch: a float for each warp, not in use since the last barrier but one.
 DEVICE float block_sum(float value, float* scratch) {

@@ -1,8 +1,7 @@
 """Kernels of whole passes: layer norms, heads of packed sequences, the loss; forward and backward.
 
 B rows, K wide, T tokens in a row of packed sequences, C of them of contexts, S keys of the whole
-sequences, H heads, D head width. Everything is fp16 or bf16 on one GPU, and contiguous; a norm's
-own weight and bias may be fp32.
+sequences, H heads, D head width. Everything is fp16 or bf16 on one GPU, and contiguous.
 """
 
 import functools
@@ -42,14 +41,13 @@ def _half(x: Tensor) -> tuple[str, ...]:
 
 def supports_norm(x: Tensor, norm: Any) -> bool:
     """Whether `layer_norm` takes rows x (.., K) and the norm."""
-    width, own = x.shape[-1], norm.weight.dtype
-    fits = width % 8 == 0 and width <= WIDEST_NORM and own == norm.bias.dtype
-    return fits and own in (x.dtype, torch.float32) and supports(x.dtype, x.device)
+    width, own = x.shape[-1], (norm.weight.dtype, norm.bias.dtype)
+    fits = width % 8 == 0 and width <= WIDEST_NORM and own == (x.dtype, x.dtype)
+    return fits and supports(x.dtype, x.device)
 
 
-def _norm_defines(x: Tensor, weight: Tensor) -> tuple[str, ...]:
-    wide = ("WIDE",) if weight.dtype == torch.float32 else ()
-    return (f"WIDTH={x.shape[-1]}", *wide, *_half(x))
+def _norm_defines(x: Tensor) -> tuple[str, ...]:
+    return (f"WIDTH={x.shape[-1]}", *_half(x))
 
 
 def layer_norm(
@@ -66,7 +64,7 @@ def layer_norm(
     out: may be the residual. stats (B, 2) fp32: mean and 1 / deviation of each row are put there.
     """
     out = torch.empty_like(x) if out is None else out
-    defines = _norm_defines(x, norm.weight) + (("RESIDUAL",) if residual is not None else ())
+    defines = _norm_defines(x) + (("RESIDUAL",) if residual is not None else ())
     kernel = get_kernel("layer_norm", x.device.index, defines)
     kernel.launch(
         (x.shape[:-1].numel(), 1, 1),
@@ -92,7 +90,7 @@ def layer_norm_backward(
     wants_own: the last two are None without it.
     """
     rows, out = len(hidden), torch.empty_like(hidden)
-    defines = _norm_defines(hidden, weight) + (("OWN",) if wants_own else ())
+    defines = _norm_defines(hidden) + (("OWN",) if wants_own else ())
     kernel = get_kernel("layer_norm_backward", hidden.device.index, defines)
     blocks = min(rows, 2 * num_processors(hidden.device.index)) if wants_own else rows
     of_own = None

@@ -47,11 +47,12 @@ def apply_method(
 
 
 def _cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Norms go along, trained or not: a CPU computes none whose weight is in less than its input or
-    its bias."""
+    """On a CPU norms go along, trained or not: it computes none whose weight is in less than its
+    input or its bias."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad or isinstance(module, nn.LayerNorm):
+            with_them = isinstance(module, nn.LayerNorm) and parameter.device.type == "cpu"
+            if parameter.requires_grad or with_them:
                 parameter.data = parameter.data.to(dtype)
 
 
