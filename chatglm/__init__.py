@@ -7,7 +7,7 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
                                      strategies  scores
     1   numbers                      configuration  rotary  positions  prefix  cache
                                      kernels  quantization  tying  loss  fused
-                                     packed  packed_attention
+                                     packed  packed_attention  strict_files
     2   data, never a model          formats  sources  parts  corpus  records  shards
                                      workers  ray_workers  builder  showing  batches
     2'  text out of any model        sampling  plain_steps  row_adapters  supported  step_cache

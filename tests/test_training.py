@@ -203,6 +203,20 @@ def test_a_weighted_file_is_trained_as_often_as_is_said(
     assert f"{train_file[1]}: 12 samples x 2 = 24 an epoch\n" in said
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_the_start_says_how_full_batches_are(fit, capsys, packing):
+    fit(max_steps=1, packing=packing)
+    said = capsys.readouterr().out
+    words = "packing: all tokens of a batch are real" if packing == "true" else "without packing"
+    assert re.search(rf"{words}.*\b[1-9]\d?% of the tokens of padded batches are real", said)
+
+
+def test_packed_and_padded_batches_train_the_same(fit):
+    losses = [fit(max_epochs=2, packing=on).callback_metrics for on in ("true", "false")]
+    for name in ("train_loss", "dev_loss"):
+        assert float(losses[0][name]) == pytest.approx(float(losses[1][name]), rel=1e-4)
+
+
 def test_drop_last_says_what_it_leaves_out_and_refuses_to_leave_nothing(fit, saves, capsys):
     assert fit(max_epochs=2, drop_last="true").global_step == 8
     line = "drop_last: 1 of the 9 samples of each epoch are left out\n"
