@@ -102,7 +102,8 @@ class BatchStep(CapturedStep):
             self._batch(min(size, self.rows)).next_token()
         longest = self.model.config.max_sequence_length
         with self._on_device():
-            for length in range(SIZE_STEP, longest + 1, SIZE_STEP):
+            # The longest first: the others then find room in what it took.
+            for length in reversed(range(SIZE_STEP, longest + 1, SIZE_STEP)):
                 self._read([self._pads(length)])
             for length in WARM_TOKENS:
                 self._read([self._pads(min(length, longest))] * 2)

@@ -14,11 +14,13 @@ ACTIVATION_WIDTHS = 18
 """Activations that a block keeps for its backward pass, in hidden widths a token: the inputs of
 both norms and of the two linears after them, q, k and v as they come (3), q and k turned, the
 attention's output, and the inner layer twice (4 each)."""
-FUSED_WIDTHS = 11
+FUSED_WIDTHS = 10
 """The same by the GPU kernels, in half precision, where the linears are frozen: the input of both
-norms and of query_key_value, q, k and v turned, the attention's output, the inner layer once."""
-TRAINED_WIDTHS = 5
-"""More than that where the linears train themselves: the inputs of the MLP's two."""
+norms, q, k and v turned, the attention's output, the inner layer once."""
+INPUT_WIDTHS = {"query_key_value": 1, "dense": 0, "dense_h_to_4h": 1, "dense_4h_to_h": 4}
+"""More for a linear that trains itself or has an adapter: its input, if it is not kept yet."""
+DROPPED_WIDTHS = {"query_key_value": 1.5, "dense": 1.5, "dense_h_to_4h": 1.5, "dense_4h_to_h": 6}
+"""The same where the adapter's input is dropped out: what is left, and a byte each for which."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,21 @@ def estimate_memory(
         weights=sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
         gradients=sum(p.nbytes for p in trained),
         optimizer=sum(p.numel() for p in trained) * state_bytes(train.optimizer),
-        activations=activations + 3 * 256 * config.vocab_size * 4,
+        activations=round(activations) + 3 * 256 * config.vocab_size * 4,
     )
 
 
-def _kept_widths(settings: Settings, width: int) -> int:
-    train = settings.train
-    if not (train.fused_kernels and train.packing and width == 2 and torch.cuda.is_available()):
+def _kept_widths(settings: Settings, width: int) -> float:
+    train, lora = settings.train, settings.lora
+    by_kernels = train.fused_kernels and train.packing and width == 2 and torch.cuda.is_available()
+    held_by_others = bool(settings.model.bitsandbytes_bits)
+    if not by_kernels or held_by_others or settings.method == "adalora" or lora.use_dora:
         return ACTIVATION_WIDTHS
-    return FUSED_WIDTHS + (TRAINED_WIDTHS if settings.method in ("full", "freeze") else 0)
+    if settings.method in ("full", "freeze"):
+        return FUSED_WIDTHS + sum(INPUT_WIDTHS.values())
+    targets = lora.target_modules if settings.method == "lora" else []
+    widths = DROPPED_WIDTHS if lora.lora_dropout else INPUT_WIDTHS
+    return FUSED_WIDTHS + sum(widths[name] for name in targets)
 
 
 def state_bytes(optimizer: str) -> int:

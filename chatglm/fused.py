@@ -21,10 +21,13 @@ def supports(norm: nn.Module, hidden: Tensor) -> bool:
 
 
 def supports_norm(norm: nn.Module, hidden: Tensor) -> bool:
-    """Whether `layer_norm` takes the norm, whose weights ZeRO-3 has only in its own call."""
+    """Whether `layer_norm` takes the norm; ZeRO-3 and accelerate's offloading have the weights of
+    one only in its own call."""
     if not (hidden.is_cuda and getattr(norm, "is_fused", False)) or torch.compiler.is_compiling():
         return False
-    return not hasattr(norm.weight, "ds_id") and passes.supports_norm(hidden, norm)
+    if hasattr(norm.weight, "ds_id") or hasattr(norm, "_hf_hook"):
+        return False
+    return norm.weight.device == hidden.device and passes.supports_norm(hidden, norm)
 
 
 def half_block(

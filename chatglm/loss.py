@@ -67,7 +67,7 @@ def chunked_loss(
     places, targets = learned
     rows = hidden.flatten(0, 1).index_select(0, places)  # (N, C)
     if is_fused and _is_fusible(head, rows):
-        total = _FusedLoss.apply(rows, targets, head.weight)
+        total = _FusedLoss.apply(rows, targets, head.weight, torch.is_grad_enabled())
     else:
         total = hidden.new_zeros((), dtype=torch.float32) + 0 * rows.sum().float()
         for part, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
@@ -83,17 +83,29 @@ def _summed(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
 def _is_fusible(head: Any, rows: Tensor) -> bool:
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    same = head.weight.dtype == rows.dtype and not hasattr(head.weight, "ds_id")
+    weight = head.weight
+    if weight.requires_grad and rows.dtype == torch.float16:
+        return False  # its gradient is summed before it is scaled, and could overflow
+    if hasattr(weight, "ds_id") or hasattr(head, "_hf_hook"):
+        return False  # it is only whole, or here, in a call of its own
+    same = (weight.dtype, weight.device) == (rows.dtype, rows.device)
     return same and head.out_features % 8 == 0 and passes.supports(rows.dtype, rows.device)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The sum of the losses of rows (N, C) under a head (V, C), and at once its gradients."""
+    """The sum of the losses of rows (N, C) under a head (V, C), and at once its gradients.
+
+    wants_gradients: False where none will be asked for, which autograd does not tell. A trained
+    head's gradient is scaled in its place, so there is one backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        of_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
+    def forward(
+        ctx, rows: Tensor, targets: Tensor, weight: Tensor, wants_gradients: bool
+    ) -> Tensor:
+        for_rows, for_weight = (wants_gradients and ctx.needs_input_grad[i] for i in (0, 2))
+        of_rows = torch.empty_like(rows) if for_rows else None
+        of_weight = torch.zeros_like(weight) if for_weight else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         for start in range(0, len(rows), FUSED_CHUNK):
             some = slice(start, start + FUSED_CHUNK)
@@ -113,4 +125,5 @@ class _FusedLoss(torch.autograd.Function):
             None if of_rows is None else of_rows * gradient,
             None,
             None if of_weight is None else of_weight.mul_(gradient),  # as large as the head
+            None,
         )

@@ -170,7 +170,8 @@ class ChatGLMBlock(GradientCheckpointingLayer):
             packed=packed,
         )  # fmt: skip
         half = self._half
-        if self.keeps_halves and self.training and torch.is_grad_enabled():
+        is_read_once = past_key_values is None and torch.is_grad_enabled()
+        if self.keeps_halves and self.training and is_read_once:
             half = functools.partial(checkpoint, self._half, use_reentrant=False)
         hidden = half(hidden, self.input_layernorm, attend)
         return half(hidden, self.post_attention_layernorm, self.mlp)
@@ -240,6 +241,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """Hidden states (B, T, C); arguments as in ChatGLMForConditionalGeneration.forward."""
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if packed is not None:
+            beside = {"attention_mask": attention_mask, "position_ids": position_ids,
+                      "past_key_values": past_key_values, "use_cache": use_cache or None,
+                      "output_hidden_states": output_hidden_states or None}  # fmt: skip
+            given = [name for name, value in beside.items() if value is not None]
+            if given:
+                raise ToolkitError(f"packed has no {', '.join(given)} beside it: leave it out")
             return BaseModelOutputWithPast(last_hidden_state=self._forward_packed(hidden, packed))
         if use_cache and past_key_values is None:
             past_key_values = KVCache(self.config.num_layers)
@@ -276,7 +283,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """(1, T, C) of a row of sequences, to the final norm's output."""
         config, half = self.config, self._computes_in_half(hidden)
         self._check_length(packed.longest)
+        if hidden.shape[:2] != (1, len(packed.sequence)):
+            raise ToolkitError(
+                f"packed is of a row of {len(packed.sequence)} tokens, and the input is of shape"
+                f" {list(hidden.shape[:2])}"
+            )
         kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         attention = PackedAttention(
             packed,
             num_heads=config.num_attention_heads,
@@ -284,11 +297,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             num_virtual=config.pre_seq_len or 0,
             max_length=config.max_sequence_length,
             half=half,
-            dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
-            else hidden.dtype,
+            dtype=dtype,
             is_fused=self.is_fused,
         )  # fmt: skip
-        prefixes = self._prefixes(len(packed.lengths), hidden.dtype, False)
+        prefixes = self._prefixes(len(packed.lengths), dtype, False)
         for block, prefix in zip(self.layers, prefixes, strict=True):
             hidden = block(hidden, None, None, prefix, past_key_values=None, packed=attention)
         return self.final_layernorm(hidden)

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from .kernels import passes
 from .packed import KeyPlaces, Packed
-from .positions import allowed_keys
+from .positions import ATTENTION_KERNELS, allowed_keys
+from .prefix import own_gradient
 from .rotary import apply_rotary, rotary_for_positions, rotary_tables
 
 logger = logging.getLogger("chatglm")
@@ -256,8 +258,11 @@ class _Padding:
         """(T, H, D) each, to (T, H, D)."""
         q, k, v = (self._padded(x) for x in (query, keys, values))
         if prefix is not None:
-            k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+            k, v = (
+                torch.cat((own_gradient(p), x), dim=2) for p, x in zip(prefix, (k, v), strict=True)
+            )
+        with sdpa_kernel(ATTENTION_KERNELS):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return out.transpose(1, 2)[self.packed.sequence, self.packed.column]
 
     def _padded(self, x: Tensor) -> Tensor:

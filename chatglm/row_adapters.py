@@ -56,6 +56,6 @@ class RowLinear(nn.Module):
     def added_to_tokens(self, x: Tensor, index: Tensor) -> Tensor:
         """The same for x (T, in) and index (T,): all adapters at once, and none but each's own."""
         inner = x.to(self.down.dtype) @ self.down.flatten(0, 1).T  # (T, (N + 1) R)
-        own = index[:, None] == torch.arange(len(self.down), device=index.device)
-        inner = inner.unflatten(1, (len(self.down), -1)) * own[..., None]
+        others = index[:, None] != torch.arange(len(self.down), device=index.device)
+        inner = inner.unflatten(1, (len(self.down), -1)).masked_fill(others[..., None], 0)
         return (inner.flatten(1) @ self.up.mT.flatten(0, 1)).to(x.dtype)

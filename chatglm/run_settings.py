@@ -22,6 +22,10 @@ DEFAULT_LEARNING_RATES: dict[Method, float] = {
 }
 """Peak rates for tuning given weights; those of the LoRA paper's kind and THUDM's p-tuning."""
 FROM_SCRATCH_LEARNING_RATE = 3e-3
+BEFORE = {"packing": False, "fused_kernels": False}
+"""Of settings that are younger than a run, where the default is another."""
+RECOMPUTED = {True: "full", False: "none"}
+"""The names of what gradient_checkpointing says by a truth value."""
 WITHOUT_EFFECT_ON_THE_RESULT = (
     "output_dir",
     "save_dir",
@@ -155,10 +159,14 @@ class Settings:
     def differing(self, other: dict[str, Any]) -> list[str]:
         """Names of the settings whose value in `other` would make another run of this one.
 
-        A setting that `other` lacks is younger than it; its default does what was done before.
+        A setting that `other` lacks is younger than it; what was done before is in BEFORE, or its
+        default.
         """
         own, defaults = (_flat(json.loads(s.as_json())) for s in (self, _defaults()))
-        others = defaults | _flat(other)
+        others = defaults | BEFORE | _flat(other)
+        for values in (own, others):
+            recomputed = values["gradient_checkpointing"]
+            values["gradient_checkpointing"] = RECOMPUTED.get(recomputed, recomputed)
         names = (own.keys() | others.keys()) - set(WITHOUT_EFFECT_ON_THE_RESULT)
         return sorted(name for name in names if own.get(name) != others.get(name))
 

@@ -86,7 +86,8 @@ class TrainSettings:
     half of a block, or all of a block (true); null: none for models below a billion parameters,
     selective for larger ones, full over quantised weights."""
     fused_kernels: bool = True
-    """Norms, heads, LoRA and the loss by GPU kernels; false: by plain torch, to debug."""
+    """Norms, heads, loss and LoRA by GPU kernels where they are in half precision and not split by
+    ZeRO-3 (DoRA and AdaLoRA have none); false: by plain torch, to debug."""
     optimizer: Optimizer = "adamw"
     """Of torch, pytorch_optimizer (lamb, lion) or bitsandbytes (8-bit, and paged on a GPU)."""
     learning_rate: float | None = None

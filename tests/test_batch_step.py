@@ -8,6 +8,7 @@ import torch
 
 from chatglm import batch_step, steps
 from chatglm.building import load_for_inference
+from chatglm.row_adapters import RowAdapters, RowLinear
 from chatglm.sampling import Sampling
 from chatglm.serving.captured import CapturedRunner
 from chatglm.tuning.rows import with_row_adapters
@@ -129,3 +130,16 @@ def test_a_place_without_a_row_is_passed_by(model):
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 4), (9, 12), (32, 32), (33, 36)])
 def test_a_batch_takes_the_smallest_graph_that_holds_it(rows, size):
     assert batch_step.batch_size(rows) == size
+
+
+@pytest.mark.parametrize("index", [[0, 1], [1, 0]])
+def test_an_adapter_that_overflows_leaves_the_tokens_of_others_alone(index):
+    linear, down, up = torch.nn.Linear(4, 6), torch.randn(3, 2, 4), torch.randn(3, 6, 2)
+    down[0], up[0], down[2] = 0, 0, float("inf")
+    adapters = RowAdapters(["one", "two"], torch.device("cpu"))
+    both, x = RowLinear(linear, down, up, adapters), torch.randn(2, 4)
+    adapters.index = torch.tensor(index)
+    expected = both.linear(x) + both.added(x[:, None], adapters.index)[:, 0]
+    torch.testing.assert_close(both(x), expected)
+    adapters.index = torch.tensor([index[0], 2])
+    torch.testing.assert_close(both(x)[0], expected[0])

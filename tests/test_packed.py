@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatglm.configuration import ChatGLMConfig
+from chatglm.errors import ToolkitError
+from chatglm.kernels.compiler import Kernel
 from chatglm.loss import learned_tokens
 from chatglm.model import ChatGLMForConditionalGeneration
 from chatglm.packed import KeyPlaces, Packed
@@ -134,11 +137,38 @@ def test_keys_stand_sequence_by_sequence_behind_their_virtual_ones(parts, virtua
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputing_gives_the_same_gradients(mode):
     model, inputs = build(SMALL), in_one_row(sequences(4, 12))
+    calls = []
+    for block in model.transformer.layers:
+        block.mlp.dense_h_to_4h.register_forward_hook(lambda *_: calls.append(1))
     kept = gradients(model, model(**inputs, loss_only=True).loss)
+    assert len(calls) == SMALL["num_layers"]
     model.recompute(mode)
     again = gradients(model, model(**inputs, loss_only=True).loss)
+    assert len(calls) == 3 * SMALL["num_layers"]
     for name, gradient in kept.items():
         torch.testing.assert_close(again[name], gradient)
+
+
+def test_half_a_block_is_not_computed_again_over_a_cache():
+    model, (_, ids) = build(SMALL), sequences(1, 12)[0]
+    model.recompute("selective")
+    out = model(torch.tensor([ids]), labels=torch.tensor([ids]), use_cache=True)
+    out.loss.backward()
+    assert out.past_key_values.get_seq_length() == len(ids)
+
+
+@pytest.mark.parametrize("beside", [{"attention_mask": torch.ones(1, 9)}, {"use_cache": True},
+                                    {"output_hidden_states": True}], ids=str)  # fmt: skip
+def test_what_a_packed_row_can_not_have_beside_it_is_refused(beside):
+    with pytest.raises(ToolkitError, match=f"packed has no {next(iter(beside))} beside it"):
+        build(SMALL)(**in_one_row(sequences(3, 9)), **beside)
+
+
+def test_a_row_of_another_length_is_refused():
+    inputs = in_one_row(sequences(3, 9))
+    inputs["input_ids"] = inputs["input_ids"][:, 1:]
+    with pytest.raises(ToolkitError, match=r"packed is of a row of .* tokens, and the input is of"):
+        build(SMALL)(**inputs)
 
 
 def plainly(model):
@@ -148,19 +178,39 @@ def plainly(model):
     return plain
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each kernel has been launched."""
+    counts = Counter()
+    launch = Kernel.launch
+
+    def counted(kernel, *given):
+        counts[kernel.name] += 1
+        launch(kernel, *given)
+
+    monkeypatch.setattr(Kernel, "launch", counted)
+    return counts
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pre_seq_len", [None, 7])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 class TestOnGpu:
     pytestmark = GPU
 
-    def test_kernels_compute_what_plain_torch_does(self, dtype, pre_seq_len, mode):
+    @pytest.mark.parametrize("number", [1, 9])
+    def test_kernels_compute_what_plain_torch_does(
+        self, launched, dtype, pre_seq_len, mode, number
+    ):
         model = build(WIDE, pre_seq_len=pre_seq_len, device="cuda", dtype=dtype)
         exact = plainly(model).float()
         plain = plainly(model)
         model.recompute(mode)
-        inputs = in_one_row(sequences(9, 150), "cuda")
-        losses = [one(**inputs, use_cache=False).loss for one in (exact, plain, model)]
+        inputs = in_one_row(sequences(number, 150), "cuda")
+        losses = [one(**inputs, use_cache=False).loss for one in (exact, plain)]
+        assert not launched
+        losses.append(model(**inputs, use_cache=False).loss)
+        assert min(launched[name] for name in ("split_heads", "layer_norm")) >= WIDE["num_layers"]
         assert abs(losses[2] - losses[0]) < 2 * abs(losses[1] - losses[0]) + 2e-3
         found = [gradients(one, loss) for one, loss in zip((exact, plain, model), losses,
                                                            strict=True)]  # fmt: skip
@@ -168,13 +218,15 @@ class TestOnGpu:
         for name, gradient in found[0].items():
             errors = [(one[name].float() - gradient).norm() / gradient.norm() for one in found[1:]]
             assert errors[1] < 1.5 * errors[0] + 2e-3, (name, errors)
+        backward = ("join_heads", "layer_norm_backward")
+        assert min(launched[name] for name in backward) >= WIDE["num_layers"]
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 class TestLossOnGpu:
     pytestmark = GPU
 
-    def test_the_loss_and_its_gradients_are_those_of_all_logits(self, trained):
+    def test_the_loss_and_its_gradients_are_those_of_all_logits(self, trained, launched):
         model = build(WIDE, device="cuda", dtype=torch.bfloat16)
         model.lm_head.weight.requires_grad_(trained)
         inputs = in_one_row(sequences(12, 150), "cuda")  # more tokens than one part of the loss has
@@ -182,9 +234,26 @@ class TestLossOnGpu:
         exact = plainly(model).float()
         expected = gradients(exact, exact(**inputs).loss)
         loss = model(**inputs, loss_only=True).loss
+        assert launched["cross_entropy"] > 1
         assert abs(loss - exact(**inputs).loss) < 2e-3
         found = gradients(model, loss)
         assert ("lm_head.weight" in found) == trained
         for name, gradient in found.items():
             error = (gradient.float() - expected[name]).norm() / expected[name].norm()
             assert error < 0.03, (name, error)
+
+
+class TestAutocastOnGpu:
+    pytestmark = GPU
+
+    @pytest.mark.parametrize("pre_seq_len", [None, 7])
+    def test_weights_of_32_bits_train_in_half_precision(self, pre_seq_len, launched):
+        model = build(WIDE, pre_seq_len=pre_seq_len, device="cuda")
+        inputs = in_one_row(sequences(9, 150), "cuda")
+        exact = plainly(model)
+        expected = gradients(exact, exact(**inputs, loss_only=True).loss)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**inputs, loss_only=True).loss
+        assert launched["split_heads"] == WIDE["num_layers"]
+        for name, gradient in gradients(model, loss).items():
+            assert (gradient - expected[name]).norm() < 0.05 * expected[name].norm(), name

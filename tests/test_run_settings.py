@@ -188,3 +188,17 @@ def test_a_run_from_before_a_setting_goes_on_while_it_is_at_its_default():
     assert settings(drop_last=True).differing(stored) == ["drop_last"]
     changed = settings(data=DataSettings(strategy="double_sliding"))
     assert changed.differing(stored) == ["strategy"]
+
+
+def test_a_run_from_before_packing_goes_on_without_it():
+    stored = json.loads(settings().as_json())
+    del stored["packing"], stored["fused_kernels"]
+    assert settings().differing(stored) == ["fused_kernels", "packing"]
+    assert settings(packing=False, fused_kernels=False).differing(stored) == []
+
+
+@pytest.mark.parametrize(("value", "name"), [(True, "full"), (False, "none")])
+def test_what_is_recomputed_has_a_name_beside_its_truth_value(value, name):
+    stored = json.loads(settings(gradient_checkpointing=value).as_json())
+    assert settings(gradient_checkpointing=name).differing(stored) == []
+    assert settings(gradient_checkpointing="selective").differing(stored) != []

@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +15,10 @@ def row(prompt_tokens, new_tokens):
     return Row(request, deliver=lambda update: None, answer=GrowingText(str))
 
 
-def scheduler(num_pages=8, most_running=4, prefill_tokens=1000, num_virtual=0):
+def scheduler(num_pages=8, most_running=4, prefill_tokens=1000, num_virtual=0, **more):
     return Scheduler(
         num_pages=num_pages, page_tokens=PAGE_TOKENS, most_running=most_running,
-        prefill_tokens=prefill_tokens, num_virtual=num_virtual,
+        prefill_tokens=prefill_tokens, num_virtual=num_virtual, **more,
     )  # fmt: skip
 
 
@@ -117,3 +118,11 @@ def test_every_row_ends_and_every_page_comes_back(
     assert all(not one.wants_more for one in everyone)
     assert first_joined == everyone  # none overtook another
     assert turns.pool.num_free == num_pages and not turns.running and not turns.waiting
+
+
+@pytest.mark.parametrize(("pads", "together"), [(True, 2), (False, 3)])
+def test_pads_count_only_where_they_are_read(pads, together):
+    turns = scheduler(num_pages=40, prefill_tokens=24, pads=pads)
+    for length in (2, 12, 6, 8):
+        turns.add(row(length, 3))
+    assert len(turns.admit()) == together

@@ -18,7 +18,7 @@ from .test_api import wait_until
 from .test_infer_api import process
 from .tiny_weights import write_weights
 
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", 600))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", 400))
 AT_ONCE = 40
 GROWTH_BYTES = 24 << 20
 """Between a quarter of the requests and their end: what allocators keep, not what leaks."""

@@ -333,6 +333,10 @@ def reshape(state):
     state[min(state)] = torch.ones(8, 65)
 
 
+def spoil(state):
+    state[next(name for name in state if "lora_A" in name)].view(-1)[0] = float("inf")
+
+
 def untrain(state):
     for name in state:
         if "lora_B" in name or "lora_E" in name:
@@ -346,6 +350,7 @@ def untrain(state):
         (add, r"1 surplus: .*layers\.7\."),
         (reshape, "size mismatch for .*lora_A"),
         (untrain, "never trained: all its lora_[BE] are zero"),
+        (spoil, r"not finite: .*lora_"),
     ],
 )
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])

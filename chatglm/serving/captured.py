@@ -11,7 +11,7 @@ from .request import Row
 class CapturedRunner:
     """A runner (see runner.py) over batch_step.BatchStep."""
 
-    steps_ahead = 2
+    steps_ahead, pads = 2, False
 
     def __init__(self, model: Any, *, num_pages: int, most_rows: int):
         self.step_of_batch = BatchStep(model, most_rows=most_rows, num_pages=1 + num_pages)

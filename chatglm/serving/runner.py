@@ -19,6 +19,8 @@ class Runner(Protocol):
 
     steps_ahead: int
     """Passes that may be told before the tokens of the first are collected."""
+    pads: bool
+    """Whether prompts that are read together are padded to the longest."""
 
     @property
     def num_uncollected(self) -> int:
@@ -40,7 +42,7 @@ class Runner(Protocol):
 class PlainRunner:
     """The model's own forward pass, whatever the model is held in and wherever it stands."""
 
-    steps_ahead = 0
+    steps_ahead, pads = 0, True
 
     def __init__(self, model: Any, *, num_pages: int):
         self.model, self.adapters = model, getattr(model, "row_adapters", None)

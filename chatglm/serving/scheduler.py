@@ -39,7 +39,8 @@ class Scheduler:
     """Rows that wait and rows that run, and their pages of page_tokens tokens each.
 
     num_virtual: tokens of a prefix that stand before each row's own. prefill_tokens: of the prompts
-    that are read together, pads included, though one prompt alone may be longer.
+    that are read together, though one alone may be longer; with the pads of the shorter ones, if
+    the runner `pads`.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class Scheduler:
         most_running: int,
         prefill_tokens: int,
         num_virtual: int = 0,
+        pads: bool = True,
     ):
         self.pool = PagePool(num_pages)
         self.page_tokens, self.num_virtual = page_tokens, num_virtual
         self.most_running, self.prefill_tokens = most_running, prefill_tokens
+        self.pads = pads
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []  # in the order of their arrival
 
@@ -80,16 +83,16 @@ class Scheduler:
         A page for each row that runs is left, or those just admitted would go back at once.
         """
         joining: list[Row] = []
-        longest = 0
+        longest = total = 0
         while self.waiting and len(self.running) < self.most_running:
             row = self.waiting[0]
             length = len(row.request.prompt) + len(row.tokens)
             needed = self._pages_for(length + 1)
-            longest = max(longest, length)
-            padded = longest * (1 + len(joining))  # what is read: the shorter ones get pads
+            longest, total = max(longest, length), total + length
+            read = longest * (1 + len(joining)) if self.pads else total
             if needed + len(self.running) > self.pool.num_free:
                 break
-            if joining and padded > self.prefill_tokens:
+            if joining and read > self.prefill_tokens:
                 break
             self.waiting.popleft()
             row.pages = self.pool.take(needed)

@@ -48,14 +48,16 @@ class Served:
         """Of a prompt and its answer together."""
         num_pages = self._num_pages(plain)
         self.metrics = Metrics(num_pages)
+        runner = _runner(plain, num_pages=num_pages, most_rows=settings.max_running)
         self.engine = Engine(
-            _runner(plain, num_pages=num_pages, most_rows=settings.max_running),
+            runner,
             Scheduler(
                 num_pages=num_pages,
                 page_tokens=PAGE_TOKENS,
                 most_running=settings.max_running,
                 prefill_tokens=settings.prefill_tokens,
                 num_virtual=self.config.pre_seq_len or 0,
+                pads=runner.pads,
             ),
             decode=tokenizer.decode,  # type: ignore[arg-type]  # of one list, one text
             eos_token_ids=[self.config.eos_token_id],
@@ -75,7 +77,7 @@ class Served:
                     f"kv_cache_tokens {asked}: one request may take"
                     f" {of_longest * PAGE_TOKENS}; raise it, or lower max_total_tokens"
                 )
-        free = _free_bytes(model.device)
+        free = max(_free_bytes(model.device) - _bytes_of_prompts(self.config, model), 0)
         most = int(free * (SHARE_OF_MEMORY if asked is None else 1.0) // each)
         if most < (wanted if asked is not None else of_longest):
             raise ToolkitError(
@@ -207,6 +209,15 @@ def _with_adapters(model: Any, name: str) -> tuple[Any, dict[str, str | None]]:
             )
     names = {name: "default", **{other: other for other in others}, BARE: None}
     return with_row_adapters(model), names
+
+
+def _bytes_of_prompts(config: Any, model: Any) -> int:
+    """What the pass of the longest prompt takes, which on a GPU its graphs keep."""
+    if model.device.type != "cuda":
+        return 0
+    return (
+        6 * config.max_sequence_length * config.inner_hidden_size * model.transformer.dtype.itemsize
+    )
 
 
 def _free_bytes(device: torch.device) -> int:

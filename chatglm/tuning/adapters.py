@@ -267,6 +267,9 @@ def _check_adapter(model: PeftModel, name: str, folder: str) -> None:
     ]
     if faults:
         raise ToolkitError(f"{folder}: the adapter does not fit the model: {'; '.join(faults)}")
+    damaged = sorted(key for key, value in stored.items() if not torch.isfinite(value).all())
+    if damaged:
+        raise ToolkitError(f"{folder}: not finite: {', '.join(damaged[:4])}: train it anew")
     starts_at_zero = "lora_E" if any("lora_E" in key for key in stored) else "lora_B"
     if not any(value.any() for key, value in stored.items() if starts_at_zero in key):
         raise ToolkitError(
