@@ -20,8 +20,9 @@ def compiled(monkeypatch, code=b"code"):
     return [compiler._compiled("sample", 90, ()) for _ in range(2)], len(calls)
 
 
-def test_a_kernel_is_compiled_once_and_read_from_the_disk_after_that(monkeypatch, folder):
+def test_a_kernel_is_compiled_once_and_read_from_the_disk_after_that(monkeypatch, folder, capsys):
     assert compiled(monkeypatch) == ([b"code", b"code"], 1)
+    assert capsys.readouterr().err.count(f"once: kept in {folder}") == 1
     assert [path.suffix for path in folder.iterdir()] == [".cubin"]
 
 

@@ -12,6 +12,7 @@ import glob
 import pathlib
 import re
 import struct
+import sys
 import sysconfig
 from collections.abc import Sequence
 from typing import Any
@@ -111,9 +112,16 @@ def _compiled(name: str, arch: int, defines: tuple[str, ...]) -> bytes:
     path = cached_path(name, ".cubin", (source_of(name), arch, defines, torch.version.cuda))
     if path.exists():
         return path.read_bytes()
+    _say_that_kernels_are_compiled(path.parent)
     code = compile_source(name, arch, defines)
     keep(path, code)
     return code
+
+
+@functools.cache
+def _say_that_kernels_are_compiled(folder: pathlib.Path) -> None:
+    print(f"compiling GPU kernels for this card, some seconds, once: kept in {folder}",
+          file=sys.stderr)  # fmt: skip
 
 
 class Kernel:
