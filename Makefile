@@ -20,8 +20,9 @@ demo: env
 # Two processes, a file of tests in one of them; in order, since the longest stands at the beginning.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# Without the slow ones, which `make check` runs too.
 test: env
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
 
 check: env
 	$(BIN)/ruff check .

@@ -60,7 +60,6 @@ def test_every_flag_named_in_the_readmes_exists(monkeypatch, capsys):
         assert flag in helps, flag
 
 
-@pytest.mark.slow
 def test_the_road_of_the_readme_ends_in_the_right_answers(tmp_path):
     """Runs the README's commands in order on a copy of the tree, the demo included."""
     tracked = subprocess.run(

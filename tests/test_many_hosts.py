@@ -23,8 +23,6 @@ from safetensors.torch import load_file
 from .processes import ended, fork, free_port, two_hosts
 from .tiny_run import ROOT, WEIGHT_FILES, arguments, train_in_child, write_inputs
 
-pytestmark = pytest.mark.slow
-
 # Adam divides by the size of the gradient, which hides a wrong factor and magnifies rounding; with
 # an epsilon of 1 it is descent with momentum.
 PLAIN_DESCENT = {"adam_epsilon": 1.0, "learning_rate": 0.3, "max_grad_norm": 0, "max_epochs": 2}

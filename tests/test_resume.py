@@ -159,7 +159,6 @@ def kill_at_random(argv, folder, randomness, *, log):
     return process.exitcode != 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     method, tmp_path, commands, undisturbed
@@ -176,7 +175,6 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     assert not leftovers(folder) and not (folder / "resume").exists()
 
 
-@pytest.mark.slow
 def test_the_script_itself_can_be_killed_and_gone_on_with(tmp_path, commands, undisturbed, capsys):
     folder = tmp_path / "saved"
     argv = [sys.executable, "train.py", *commands("full", folder)]

@@ -11,7 +11,6 @@ import re
 
 import httpx
 import psutil
-import pytest
 
 from .processes import free_port
 from .test_api import wait_until
@@ -90,7 +89,6 @@ def metric(address, name):
     return float(re.search(rf"^{name} (\S+)$", text, flags=re.MULTILINE)[1])
 
 
-@pytest.mark.slow
 def test_memory_and_pages_return_to_where_they_began(tmp_path):
     folder = str(write_weights(tmp_path, std=0.36))
     port, counts = free_port(), {}
