@@ -281,7 +281,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _forward_packed(self, hidden: Tensor, packed: Packed) -> Tensor:
         """(1, T, C) of a row of sequences, to the final norm's output."""
-        config, half = self.config, self._computes_in_half(hidden)
         self._check_length(packed.longest)
         if hidden.shape[:2] != (1, len(packed.sequence)):
             raise ToolkitError(
@@ -292,14 +291,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         attention = PackedAttention(
             packed,
-            num_heads=config.num_attention_heads,
-            head_width=config.head_width,
-            num_virtual=config.pre_seq_len or 0,
-            max_length=config.max_sequence_length,
-            half=half,
+            self.config,
+            half=self._computes_in_half(hidden),
             dtype=dtype,
             is_fused=self.is_fused,
-        )  # fmt: skip
+        )
         prefixes = self._prefixes(len(packed.lengths), dtype, False)
         for block, prefix in zip(self.layers, prefixes, strict=True):
             hidden = block(hidden, None, None, prefix, past_key_values=None, packed=attention)

@@ -37,24 +37,23 @@ class PackedAttention:
     def __init__(
         self,
         packed: Packed,
+        config: Any,
         *,
-        num_heads: int,
-        head_width: int,
-        num_virtual: int,
-        max_length: int,
         half: bool,
         dtype: torch.dtype,
         is_fused: bool = True,
     ):
-        """half: rotary tables as in fp16 (rotary.py). dtype: of the heads. is_fused: by kernels,
-        where they run."""
-        self.packed, self.num_heads, self.num_virtual = packed, num_heads, num_virtual
+        """config: the model's. half: rotary tables as in fp16 (rotary.py). dtype: of the heads.
+        is_fused: by kernels, where they run."""
+        self.packed, self.num_heads = packed, config.num_attention_heads
+        self.num_virtual: int = config.pre_seq_len or 0
+        max_length, head_width = config.max_sequence_length, config.head_width
         device = packed.lengths.device
         reason = _reason_against_flash(head_width, dtype, device) if is_fused else "as was asked"
         self.is_fused = reason is None
         positions = packed.positions
         if self.is_fused:
-            self.places = KeyPlaces.of(packed, num_virtual)
+            self.places = KeyPlaces.of(packed, self.num_virtual)
             tables = rotary_tables(max_length, head_width // 2, half=half, device=device)
             self.turning = passes.Turning(
                 tables,  # their second halves repeat the first: the kernels read these alone
@@ -67,7 +66,7 @@ class PackedAttention:
             positions[None], max_length=max_length, head_width=head_width, half=half
         )
         self.rotary = tuple(angle[0, 0][:, None] for angle in angles)  # (T, 1, D)
-        self.padding = _Padding.of(packed, num_virtual)
+        self.padding = _Padding.of(packed, self.num_virtual)
 
     def __call__(self, mixed: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         """mixed (1, T, 3 H D), query, key and value per head, to (1, T, H D).

@@ -74,14 +74,11 @@ def read_packed(
     pages: of a layer, keys and values (pages, H, 64, D). slots (T,), virtual_slots (N, P) int32:
     page * 64 + place of each token and virtual token.
     """
-    config, transformer = model.config, model.transformer
+    transformer = model.transformer
     prefix = _prefix(transformer, len(packed.lengths), transformer.dtype)
     attend = PackedAttention(
         packed,
-        num_heads=config.num_attention_heads,
-        head_width=config.head_width,
-        num_virtual=config.pre_seq_len or 0,
-        max_length=config.max_sequence_length,
+        model.config,
         half=transformer.dtype != torch.float32,
         dtype=transformer.dtype,
     )

@@ -65,3 +65,16 @@ DEVICE float warp_sum(float value) {
     for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffff, value, step);
     return value;
 }
+
+// Of all threads of a block of so many warps; scratch: a float for each warp, not in use since the
+// last barrier but one.
+template <int NUM_WARPS>
+DEVICE float block_sum(float value, float* scratch) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = 0;
+#pragma unroll
+    for (int i = 0; i < NUM_WARPS; i++) value += scratch[i];
+    return value;
+}

@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(
 #pragma unroll
         for (int j = 0; j < 8; j++) sum += mine[n].x[j];
     }
-    const float mean = block_sum(sum, scratch[0]) / WIDTH;
+    const float mean = block_sum<THREADS / 32>(sum, scratch[0]) / WIDTH;
     sum = 0;
 #pragma unroll
     for (int n = 0; n < MINE; n++) {
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm(
 #pragma unroll
         for (int j = 0; j < 8; j++) sum += (mine[n].x[j] - mean) * (mine[n].x[j] - mean);
     }
-    const float scale = rsqrtf(block_sum(sum, scratch[1]) / WIDTH + epsilon);
+    const float scale = rsqrtf(block_sum<THREADS / 32>(sum, scratch[1]) / WIDTH + epsilon);
     if (stats && threadIdx.x == 0) stats[blockIdx.x] = make_float2(mean, scale);
 #pragma unroll
     for (int n = 0; n < MINE; n++) {

@@ -44,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
 #endif
             }
         }
-        const float mean = block_sum(sum, scratch[number]) / WIDTH;
-        const float along = block_sum(product, scratch[number + 1]) / WIDTH;
+        const float mean = block_sum<THREADS / 32>(sum, scratch[number]) / WIDTH;
+        const float along = block_sum<THREADS / 32>(product, scratch[number + 1]) / WIDTH;
 #pragma unroll
         for (int n = 0; n < MINE; n++) {
             const int i = n * THREADS + threadIdx.x;

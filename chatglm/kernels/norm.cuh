@@ -23,14 +23,3 @@ DEVICE uint4 packed(const Eight& v) {
     for (int j = 0; j < 4; j++) p[j] = pack(v.x[2 * j], v.x[2 * j + 1]);
     return out;
 }
-
-// Of all threads; scratch: a float for each warp, not in use since the last barrier but one.
-DEVICE float block_sum(float value, float* scratch) {
-    value = warp_sum(value);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0;
-#pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) value += scratch[i];
-    return value;
-}

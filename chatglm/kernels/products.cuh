@@ -132,16 +132,6 @@ DEVICE float sum_of(const uint4& x, float mean, bool squares) {
     return sum;
 }
 
-DEVICE float block_sum(float value, float* scratch) {
-    value = warp_sum(value);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) value += scratch[i];
-    return value;
-}
-
 // A single row of x by the whole block; what doesn't depend on x is read ahead of it.
 #define MINE (IN_FEATURES / 8 / THREADS)
 struct NormWeights {
@@ -165,11 +155,11 @@ DEVICE void normalise_one(const u16* x, u16* to, u16* copy, const NormWeights& w
         v[i] = ((const uint4*)x)[i * THREADS + threadIdx.x];
         sum += sum_of(v[i], 0, false);
     }
-    const float mean = block_sum(sum, scratch) / IN_FEATURES;
+    const float mean = block_sum<WARPS>(sum, scratch) / IN_FEATURES;
     sum = 0;
 #pragma unroll
     for (int i = 0; i < MINE; i++) sum += sum_of(v[i], mean, true);
-    const float scale = rsqrtf(block_sum(sum, scratch + WARPS) / IN_FEATURES + epsilon);
+    const float scale = rsqrtf(block_sum<WARPS>(sum, scratch + WARPS) / IN_FEATURES + epsilon);
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
         normalise(v[i], w.weight[i], w.bias[i], mean, scale);
