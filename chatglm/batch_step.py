@@ -3,6 +3,11 @@
 There are buffers for the largest batch, and a graph for each of BATCHES over the first so many rows
 of them. Rows stand without gaps: when one leaves, the last one takes its place. A place without a
 row has a step below 0: the kernels pass it by.
+
+Where many rows run, they take their step in the same pass as the prompts of those that join: among
+hundreds of rows a few more cost a product next to nothing, and the weights are read once for both
+(Agrawal et al. 2023, "SARATHI"). With few rows prompts have a pass of their own, and an answer is
+the same to the last bit whoever else is served.
 """
 
 import copy
@@ -15,10 +20,10 @@ from torch import Tensor
 from .kernels import ops
 from .packed import send
 from .paged_cache import PAGE_TOKENS
-from .prompt_graphs import SCRATCH_PAGE, SIZE_STEP, Joining, PromptGraphs, Prompts, read_scores
+from .prefill import read_packed
+from .prompt_graphs import SCRATCH_PAGE, Joining, PromptGraphs, Prompts, new_pool, pads_alone
 from .row_adapters import RowLinear
-from .sampling import Sampling
-from .steps import CapturedStep, Counts, seed_words, token_bits
+from .steps import LIBRARY_ROWS, CapturedStep, Counts, seed_words, token_bits
 
 BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
 """Rows of a graph: the fewest that hold a batch; beyond, in steps of the last difference."""
@@ -26,6 +31,10 @@ HISTORY_LINES = 8
 """Passes that may be told before the tokens of the first are looked at, and some."""
 WARM_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048)
 """Of prompts of which two are read together before there are any."""
+ALONE_ROWS = LIBRARY_ROWS
+"""Rows that take no step beside a prompt: their products are those of one row, to the last bit."""
+MOST_PROMPTS_BESIDE = 7
+"""Prompts in one pass with a step."""
 
 
 class PagedStepCache:
@@ -68,10 +77,16 @@ class BatchStep(CapturedStep):
         self.adapters = torch.zeros(most_rows, dtype=torch.int64, device=device)
         self.counts.steps.fill_(-1)
         self._batches: dict[int, CapturedStep] = {}
+        pool = new_pool()
         self._prompts = PromptGraphs(
-            device,
-            num_virtual=model.config.pre_seq_len or 0,
-            has_adapters=hasattr(model, "row_adapters"),
+            model, self._scores_after, most_prompts=1, num_beside=0, pool=pool
+        )
+        self._prompts_and_step = PromptGraphs(
+            model,
+            self._scores_after_and_step,
+            most_prompts=MOST_PROMPTS_BESIDE,
+            num_beside=most_rows,
+            pool=pool,
         )
         for module in model.modules():
             if isinstance(module, RowLinear):
@@ -100,78 +115,110 @@ class BatchStep(CapturedStep):
         sizes = {batch_size(rows) for rows in range(1, self.rows + 1)}
         for size in sorted(sizes, reverse=True):
             self._batch(min(size, self.rows)).next_token()
-        longest = self.model.config.max_sequence_length
+        config = self.model.config
         with self._on_device():
-            # The longest first: the others then find room in what it took.
-            for length in reversed(range(SIZE_STEP, longest + 1, SIZE_STEP)):
-                self._read([self._pads(length)])
+            if self.rows > ALONE_ROWS:  # the largest first: the others find room in what it took
+                self._prompts_and_step.warm_up()
+            self._prompts.warm_up()
             for length in WARM_TOKENS:
-                self._read([self._pads(min(length, longest))] * 2)
-
-    def _pads(self, length: int) -> Joining:
-        """A prompt of so many tokens that say nothing."""
-        pages = [SCRATCH_PAGE] * self.table.shape[1]
-        ids = [self.model.config.pad_token_id] * length
-        return Joining(ids, length, pages, Sampling(), seed=0)
+                self._read([pads_alone(config, min(length, config.max_sequence_length))] * 2)
 
     @torch.inference_mode()
-    def start(self, first: int, joining: Sequence[Joining], *, number: int) -> None:
+    def start(
+        self, first: int, joining: Sequence[Joining], *, number: int, may_step: bool = False
+    ) -> bool:
         """Read the prompts of rows that join, at the places from first on, and choose a token.
 
-        number: of this pass, counted from 0; the tokens are in the history's line for it.
+        number: of this pass, counted from 0; the tokens are in the history's line for it. may_step:
+        the rows before may take their next step in this pass; gives whether they did.
         """
         with self._on_device():
             self.history[number % HISTORY_LINES] = self.UNWRITTEN
             part = self._places(first, first + len(joining))
+            steps = may_step and first > ALONE_ROWS and self._prompts_and_step.fits(joining)
             try:
-                part.scores.copy_(self._read(joining))
-                part._set(joining, number)
+                new = part._values_of(joining, number)  # before anything takes a step
+                if steps:
+                    self.counts.steps[:first].fill_(number)
+                    scores = self._prompts_and_step.read(joining)
+                else:
+                    scores = self._read(joining)
+                for values, given in new:
+                    values.copy_(given)
+                part.scores.copy_(scores)
                 part._sample()
             except Exception:  # others go on, and may not pass through half a row
                 for place in range(first, first + len(joining)):
                     self.clear(place)
                 raise
+        return steps
 
     def _read(self, joining: Sequence[Joining]) -> Tensor:
-        model, device = self.model, self.tokens.device
-
-        def work(prompts: Prompts) -> Tensor:
-            return read_scores(model, prompts, lambda number: self.cache.layer(number)[:2])
-
-        if len(joining) == 1 and joining[0].is_new:
-            return self._prompts.read(joining[0], work, model.config.pad_token_id)
+        """Scores (B, V) after the prompts, in a pass of their own."""
+        if self._prompts.fits(joining):
+            return self._prompts.read(joining)
+        model = self.model
         has_adapters = hasattr(model, "row_adapters") and any(one.adapter for one in joining)
         virtual: int = model.config.pre_seq_len or 0
         prompts = Prompts.of(joining, num_virtual=virtual, has_adapters=has_adapters)
-        return work(prompts.to(device))
+        return self._scores_after(prompts.to(model.device))
 
-    def _set(self, joining: Sequence[Joining], number: int) -> None:
-        """Counts and rules of these places."""
+    def _scores_after(self, prompts: Prompts, *, beside: bool = False) -> Tensor:
+        """Scores (N, V) after the prompts; beside: and behind them those of all places' rows."""
+        model, adapters = self.model, prompts.adapters
+        if beside and adapters is not None:
+            adapters = torch.cat((adapters, self.adapters))
+        if hasattr(model, "row_adapters"):
+            model.row_adapters.index = adapters
+        hidden = read_packed(
+            model,
+            prompts.ids,
+            prompts.packed,
+            lambda number: self.cache.layer(number)[:2],
+            slots=prompts.slots,
+            virtual_slots=prompts.virtual_slots,
+            beside=self if beside else None,
+        )
+        return model.lm_head(hidden)
+
+    def _scores_after_and_step(self, prompts: Prompts) -> Tensor:
+        """Scores (N, V) after the prompts, where the rows of all places take a step as well."""
+        scores = self._scores_after(prompts, beside=True)
+        after_prompts, own = scores.split((len(scores) - self.rows, self.rows))
+        self.scores.copy_(own)
+        self._sample()
+        return after_prompts
+
+    def _values_of(self, joining: Sequence[Joining], number: int) -> list[tuple[Tensor, Tensor]]:
+        """Counts and rules of these places, and what they are to be."""
         virtual, counts, draw = self.model.config.pre_seq_len or 0, self.counts, self.draw
-        device = self.tokens.device
-
-        def put(tensor: Tensor, values: list[Any]) -> None:
-            tensor.copy_(send(torch.tensor(values, dtype=tensor.dtype), device))
-
-        put(counts.lengths, [virtual + len(one.ids) - 1 for one in joining])  # sampling adds 1
-        put(counts.text_positions, [one.prompt_length - 2 for one in joining])
-        put(counts.first_blocks, [virtual + one.prompt_length - 2 for one in joining])
-        counts.steps.fill_(number)
-        put(self.adapters, [one.adapter for one in joining])
-        draw.seeds.copy_(send(seed_words([(one.seed, 0) for one in joining]), device))
-        put(draw.top_k, [s.top_k if s.do_sample else 1 for s in (o.sampling for o in joining)])
-        put(draw.rules, [
-            (s.top_p, 1 / s.temperature if s.do_sample else 1.0, s.repetition_penalty)
-            for s in (one.sampling for one in joining)
-        ])  # fmt: skip
-        draw.seen.zero_()
+        samplings = [one.sampling for one in joining]
+        columns = self.table.shape[1]
+        seen = torch.zeros_like(draw.seen)
         for place, one in enumerate(joining):
             if one.sampling.repetition_penalty != 1.0:
-                ids = send(torch.tensor([one.ids]), device)
-                draw.seen[place].copy_(token_bits(ids, draw.seen.shape[1])[0])
-        put(self.table, [
-            one.pages + [SCRATCH_PAGE] * (self.table.shape[1] - len(one.pages)) for one in joining
-        ])  # fmt: skip
+                ids = send(torch.tensor([one.ids]), seen.device)
+                seen[place].copy_(token_bits(ids, seen.shape[1])[0])
+        listed: list[tuple[Tensor, list[Any]]] = [
+            (counts.lengths, [virtual + len(one.ids) - 1 for one in joining]),  # sampling adds 1
+            (counts.text_positions, [one.prompt_length - 2 for one in joining]),
+            (counts.first_blocks, [virtual + one.prompt_length - 2 for one in joining]),
+            (counts.steps, [number] * len(joining)),
+            (self.adapters, [one.adapter for one in joining]),
+            (draw.top_k, [s.top_k if s.do_sample else 1 for s in samplings]),
+            (draw.rules, [
+                (s.top_p, 1 / s.temperature if s.do_sample else 1.0, s.repetition_penalty)
+                for s in samplings
+            ]),
+            (self.table, [
+                one.pages + [SCRATCH_PAGE] * (columns - len(one.pages)) for one in joining
+            ]),
+        ]  # fmt: skip
+        return [
+            (draw.seen, seen),
+            (draw.seeds, send(seed_words([(one.seed, 0) for one in joining]), seen.device)),
+            *((own, send(torch.tensor(new, dtype=own.dtype), own.device)) for own, new in listed),
+        ]
 
     def set_pages(self, place: int, pages: list[int]) -> None:
         """The pages of the row at a place, in the order of its tokens."""

@@ -128,10 +128,12 @@ class DraftedStep(CapturedStep):
         """Keep the first so many of the tokens checked last."""
         self._length += number
 
-    def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
+    def attend(self, number: int, mixed: Tensor) -> Tensor:
+        """In a layer, (rows, H D) of the tokens' query, key and value (rows, 3 H D)."""
+        keys, values, scales = self.cache.layer(number)
         assert scales is None
-        query = ops.rotate(self.mixed[None], self._place, keys, values, self.rotary, offset=None)
-        ops.attention_of_drafts(
+        query = ops.rotate(mixed[None], self._place, keys, values, self.rotary, offset=None)
+        return ops.attention_of_drafts(
             query,
             keys,
             values,

@@ -8,7 +8,7 @@ side by side in one row instead, without pads. The last layer is computed for th
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,16 @@ def read_prompts(
     return _through(model.transformer, hidden, attention, lambda x: _last_of(x, lengths))[:, 0]
 
 
+class Beside(Protocol):
+    """Tokens that pass through the model beside prompts, each the next of a sequence."""
+
+    hidden: Tensor
+    """(B, C), their embeddings."""
+
+    def attend(self, number: int, mixed: Tensor) -> Tensor:
+        """In a layer, (B, H D) of their query, key and value (B, 3 H D)."""
+
+
 def read_packed(
     model: Any,
     input_ids: Tensor,
@@ -68,11 +78,13 @@ def read_packed(
     *,
     slots: Tensor,
     virtual_slots: Tensor,
+    beside: "Beside | None" = None,
 ) -> Tensor:
     """The last tokens' hidden states (N, C), after the last norm, of prompts in one row (T,).
 
     pages: of a layer, keys and values (pages, H, 64, D). slots (T,), virtual_slots (N, P) int32:
-    page * 64 + place of each token and virtual token.
+    page * 64 + place of each token and virtual token. beside: B other tokens, whose states come
+    behind, (N + B, C); the model's `row_adapters` know of all T + B tokens.
     """
     transformer = model.transformer
     prefix = _prefix(transformer, len(packed.lengths), transformer.dtype)
@@ -82,7 +94,11 @@ def read_packed(
         half=transformer.dtype != torch.float32,
         dtype=transformer.dtype,
     )
-    last = packed.last_tokens()
+    num_tokens, last = len(input_ids), packed.last_tokens()
+    kept, hidden = last, transformer.word_embeddings(input_ids)
+    if beside is not None:
+        hidden = torch.cat((hidden, beside.hidden))
+        kept = torch.cat((last, torch.arange(num_tokens, len(hidden), device=last.device)))
 
     def attention(number: int, mixed: Tensor, only_last: bool) -> Tensor:
         before = None
@@ -92,15 +108,18 @@ def read_packed(
                 places = virtual_slots // stored.shape[2], virtual_slots % stored.shape[2]
                 stored[places[0], :, places[1]] = new.transpose(1, 2)
         only = last if only_last else None
-        return attend.read(mixed, before, pages(number), slots=slots, only=only)
+        context = attend.read(mixed[:num_tokens], before, pages(number), slots=slots, only=only)
+        if beside is None:
+            return context
+        return torch.cat((context, beside.attend(number, mixed[num_tokens:])))
 
     def last_of(x: Tensor) -> Tensor:
         adapters = getattr(model, "row_adapters", None)
         if adapters is not None and adapters.index is not None:  # of each token so far
-            adapters.index = adapters.index[last]
-        return x[last]
+            adapters.index = adapters.index[kept]
+        return x[kept]
 
-    return _through(transformer, transformer.word_embeddings(input_ids), attention, last_of)
+    return _through(transformer, hidden, attention, last_of)
 
 
 def _through(

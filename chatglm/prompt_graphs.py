@@ -1,9 +1,9 @@
-"""Prompts that are to be read into pages, and the pass over one of them as a CUDA graph.
+"""Prompts that are to be read into pages, and their pass as a CUDA graph.
 
 A prompt's pass is some hundreds of launches, which cost the host twice the time that the GPU takes
-for them; and mostly one prompt joins at a time. So there is a graph for one prompt of each number
-of tokens, in steps of SIZE_STEP: beside it in the row stands a sequence of pads that fills the
-step. Several prompts, and answers that are read again, go without a graph.
+for them. So there is a graph for each number of tokens, in steps of SIZE_STEP: beside the prompts
+in the row stand sequences of pads that fill the step. Answers that are read again, and prompts for
+which no graph is large enough, go without one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .packed import Packed, send
 from .paged_cache import PAGE_TOKENS, padded
-from .prefill import read_packed
 from .sampling import Sampling
 
 SIZE_STEP = 64
+LEAST_PADS = 2
+"""Of a sequence that is not there: a context of one, and its <sop>."""
 SCRATCH_PAGE = 0
 """Whatever is written for places without a row, and for pads, goes there."""
 
@@ -91,60 +92,82 @@ def _slots(table: Tensor, sequences: Tensor, columns: Tensor) -> Tensor:
     return (pages * PAGE_TOKENS + columns % PAGE_TOKENS).int()
 
 
-def read_scores(model: Any, prompts: Prompts, pages: Callable[[int], Any]) -> Tensor:
-    """Scores (N, V) after the prompts, on the model's device; see prefill.read_packed."""
-    if hasattr(model, "row_adapters"):
-        model.row_adapters.index = prompts.adapters
-    hidden = read_packed(
-        model,
-        prompts.ids,
-        prompts.packed,
-        pages,
-        slots=prompts.slots,
-        virtual_slots=prompts.virtual_slots,
-    )
-    return model.lm_head(hidden)
+def pads_alone(config: Any, number: int) -> Joining:
+    """A prompt of so many tokens that say nothing."""
+    pages = [SCRATCH_PAGE] * -(-((config.pre_seq_len or 0) + number) // PAGE_TOKENS)
+    return Joining([config.pad_token_id] * number, number, pages, Sampling(), seed=0)
 
 
 class PromptGraphs:
-    """Passes over one new prompt, captured at the first of each size."""
+    """Passes over 1 to most_prompts new prompts, a graph for each number of tokens."""
 
-    def __init__(self, device: torch.device, *, num_virtual: int, has_adapters: bool):
-        self.device = device
-        self._num_virtual, self._has_adapters = num_virtual, has_adapters
-        self._pages = -(-num_virtual // PAGE_TOKENS)
-        self._graphs: dict[int, tuple[Prompts, Any, list[Tensor]]] = {}
-        self._pool: Any = None
-
-    def read(self, one: Joining, work: Callable[[Prompts], Tensor], pad_token_id: int) -> Tensor:
-        """Scores (1, V) after the prompt; work: scores (N, V) of prompts."""
-        size = -(-one.prompt_length // SIZE_STEP) * SIZE_STEP
-        pads = size - one.prompt_length + 2  # a context of at least one, and its <sop>
-        pages = [SCRATCH_PAGE] * (self._pages + -(-pads // PAGE_TOKENS) + 1)
-        beside = Joining([pad_token_id] * pads, pads, pages, one.sampling, seed=0)
-        prompts = Prompts.of(
-            [one, beside], num_virtual=self._num_virtual, has_adapters=self._has_adapters
+    def __init__(
+        self,
+        model: Any,
+        work: Callable[[Prompts], Tensor],
+        *,
+        most_prompts: int,
+        num_beside: int,
+        pool: Any,
+    ):
+        """work: scores (most_prompts + 1, V) after the prompts. num_beside: other rows that the
+        model's products have in it. pool: see new_pool."""
+        self._config, self.device = model.config, model.device
+        self._work, self._pool = work, pool
+        self._num_sequences, self._num_beside = most_prompts + 1, num_beside
+        self._has_adapters = hasattr(model, "row_adapters")
+        self._scores = torch.empty(
+            self._num_sequences,
+            model.config.vocab_size,
+            dtype=model.transformer.dtype,
+            device=self.device,
         )
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(prompts, size, work)
-        own, graph, scores = self._graphs[size]
-        own.copy_(prompts)
+        self._graphs: dict[int, tuple[Prompts, Any]] = {}
+
+    def warm_up(self) -> None:
+        """Capture all graphs; whatever the work changes is changed."""
+        first = LEAST_PADS * self._num_sequences
+        tokens = range(first, first + self._config.max_sequence_length)
+        sizes = {self._size(number) for number in tokens}
+        for size in sorted(sizes, reverse=True):  # the others find room in what the longest took
+            self._graphs[size] = self._capture(size)
+
+    def fits(self, joining: Sequence[Joining]) -> bool:
+        """Whether there is a graph for these."""
+        if len(joining) >= self._num_sequences or not all(one.is_new for one in joining):
+            return False
+        return self._size(self._least_tokens(joining)) in self._graphs
+
+    def read(self, joining: Sequence[Joining]) -> Tensor:
+        """Scores (B, V) after the prompts, which fit; they stand there until the next pass."""
+        size = self._size(self._least_tokens(joining))
+        own, graph = self._graphs[size]
+        own.copy_(self._filled(joining, size))
         graph.replay()
-        return scores[0][:1]
+        return self._scores[: len(joining)]
 
-    def _capture(
-        self, prompts: Prompts, size: int, work: Callable[[Prompts], Tensor]
-    ) -> tuple[Prompts, Any, list[Tensor]]:
-        # As long as any prompt of the size.
-        packed = replace(prompts.packed, longest_context=size, longest=size + 1)
-        own, scores = replace(prompts, packed=packed).to(self.device), [torch.empty(0)]
+    def _least_tokens(self, joining: Sequence[Joining]) -> int:
+        free = self._num_sequences - len(joining)
+        return sum(len(one.ids) for one in joining) + LEAST_PADS * free
 
-        def run() -> None:
-            scores[0] = work(own)
+    def _size(self, tokens: int) -> int:
+        """Tokens of the smallest graph for so many: its products have whole steps of rows."""
+        rows = tokens + self._num_beside
+        return -(-rows // SIZE_STEP) * SIZE_STEP - self._num_beside
 
-        if self._pool is None:
-            self._pool = new_pool()
-        return own, capture(run, self._pool), scores
+    def _filled(self, joining: Sequence[Joining], size: int) -> Prompts:
+        """The prompts, and pads in all other sequences."""
+        pads = [LEAST_PADS] * (self._num_sequences - len(joining))
+        pads[-1] += size - self._least_tokens(joining)
+        every = [*joining, *(pads_alone(self._config, number) for number in pads)]
+        virtual = self._config.pre_seq_len or 0
+        return Prompts.of(every, num_virtual=virtual, has_adapters=self._has_adapters)
+
+    def _capture(self, size: int) -> tuple[Prompts, Any]:
+        prompts = self._filled([], size)
+        packed = replace(prompts.packed, longest_context=size, longest=size)  # as any may be
+        own = replace(prompts, packed=packed).to(self.device)
+        return own, capture(lambda: self._scores.copy_(self._work(own)), self._pool)
 
 
 def new_pool() -> Any:
@@ -152,7 +175,7 @@ def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def capture(work: Callable[[], None], pool: Any) -> Any:
+def capture(work: Callable[[], Any], pool: Any) -> Any:
     """A graph of the work; what it holds on to must be kept."""
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()

@@ -231,10 +231,11 @@ class CapturedStep:
                 checked = time.monotonic()
         return tokens.long()
 
-    def _attend(self, keys: Tensor, values: Tensor, scales: Tensor | None) -> None:
-        """From mixed to context, over a layer's cache."""
-        ops.attention(
-            self.mixed,
+    def attend(self, number: int, mixed: Tensor) -> Tensor:
+        """In a layer, (rows, H D) of the rows' query, key and value (rows, 3 H D)."""
+        keys, values, scales = self.cache.layer(number)
+        return ops.attention(
+            mixed,
             keys,
             values,
             self.rotary,
@@ -254,8 +255,8 @@ class CapturedStep:
             self._product(
                 self.hidden, attention.query_key_value, self.mixed, norm=layer.input_layernorm
             )
-            self._attend(*self.cache.layer(index))
-            self._product(self.context, attention.dense, self.hidden, alpha=layer.alpha)
+            context = self.attend(index, self.mixed)
+            self._product(context, attention.dense, self.hidden, alpha=layer.alpha)
             self._product(
                 self.hidden,
                 mlp.dense_h_to_4h,

@@ -9,7 +9,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from chatglm import decoding, prompt_graphs, steps
+from chatglm import batch_step, decoding, prompt_graphs, steps
 from chatglm.kernels import ops, products
 from chatglm.quantization.linear import dequantize_rows
 from chatglm.rotary import apply_rotary
@@ -43,7 +43,7 @@ def attention(mixed, keys, values, rotary, *, lengths, text_positions, first_blo
     if pages is not None:
         _paged_attention(mixed, keys, values, rotary, lengths, text_positions, first_blocks,
                          workspace, out, pages)  # fmt: skip
-        return
+        return out
     rows, heads = keys.shape[:2]
     q, k, v = mixed.view(rows, heads, -1).chunk(3, dim=-1)
     angles = _angles(rotary, text_positions.long(), (lengths - first_blocks).long())
@@ -60,6 +60,7 @@ def attention(mixed, keys, values, rotary, *, lengths, text_positions, first_blo
         if scales is not None:
             seen = [x * scales[part, row, :, : length + 1, None] for part, x in enumerate(seen)]
         out[row] = _see(q[row], *seen).flatten()
+    return out
 
 
 def _paged_attention(mixed, keys, values, rotary, lengths, text, first_blocks, workspace, out,
@@ -81,6 +82,7 @@ def attention_of_drafts(query, keys, values, *, lengths, workspace, out):
     for row in range(query.shape[2]):
         end = int(lengths[0]) + row + 1
         out[row] = _see(query[0, :, row], keys[0, :, :end], values[0, :, :end]).flatten()
+    return out
 
 
 def rotate(mixed, positions, keys, values, rotary, *, offset):
@@ -146,7 +148,7 @@ def use(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(prompt_graphs, "new_pool", lambda: None)
+    monkeypatch.setattr(batch_step, "new_pool", lambda: None)
     monkeypatch.setattr(prompt_graphs, "capture", lambda work, pool: Again(work))
     monkeypatch.setattr(steps.CapturedStep, "_capture", lambda step: Replay(step))
     monkeypatch.setattr(decoding, "reason_against", lambda model: None)

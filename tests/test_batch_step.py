@@ -20,7 +20,9 @@ from .test_engine import alone, answers, folder, shown, texts, tuned_folders  # 
 
 @pytest.fixture(autouse=True)
 def steps_on_a_cpu(monkeypatch):
+    """Even a few rows step beside the prompts of others, as they do among many."""
     plain_kernels.use(monkeypatch)
+    monkeypatch.setattr(batch_step, "ALONE_ROWS", 0)
     tables = steps.rotary_tables
     monkeypatch.setattr(
         steps, "rotary_tables",
@@ -52,6 +54,30 @@ def test_rows_have_the_answers_of_the_plain_model(model):
         assert [told.text() for told in answers(engine, requests)] == expected
         assert answers(engine, requests[:1])[0].text() == expected[0]
         assert engine.scheduler.pool.num_free == 64
+
+
+@pytest.mark.parametrize("alone_rows", [0, 8, 32])
+def test_prompts_are_read_beside_a_step_once_many_rows_run(model, alone_rows, monkeypatch):
+    monkeypatch.setattr(batch_step, "ALONE_ROWS", alone_rows)
+    requests = requests_of(model, 32, seed=3, longest=20)
+    expected = [shown(model, alone(model, request)) for request in requests]
+    runner, passes = captured(model), []
+    start, step = runner.start, runner.step
+
+    def noted(rows, *, may_step=False):
+        before = {row: row.num_told for row in runner._rows if row.pages and row not in rows}
+        have_stepped = start(rows, may_step=may_step)
+        passes.append((len(before), len(rows), have_stepped))
+        assert all(row.num_told == told + have_stepped for row, told in before.items())
+        return have_stepped
+
+    monkeypatch.setattr(runner, "start", noted)
+    monkeypatch.setattr(runner, "step", lambda rows: passes.append(None) or step(rows))
+    with serving(model, runner=runner, prefill_tokens=40) as engine:
+        assert [told.text() for told in answers(engine, requests)] == expected
+    starts = [one for one in passes if one is not None]
+    assert all(steps == (running > alone_rows) for running, _, steps in starts)
+    assert alone_rows == 32 or any(joining > 1 and steps for _, joining, steps in starts)
 
 
 @pytest.mark.parametrize("most_rows", [3, 8])

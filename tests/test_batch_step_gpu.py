@@ -82,6 +82,22 @@ def test_a_seed_repeats_an_answer_whoever_else_is_served():
         assert [answers(engine, [request])[0] for request in requests] == together
 
 
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_many_rows_that_step_beside_prompts_have_about_their_own_answers(bits):
+    """Their products are a library's: where two tokens are about as likely, either may come."""
+    model, _ = build(bits)
+    requests = requests_of(60)
+    expected = [alone(model, request) for request in requests]
+    with engine_of(model, num_pages=512, most_rows=24, prefill_tokens=300) as engine:
+        runner, stepped = engine.runner, []
+        start = runner.start
+        runner.start = lambda *given, **more: stepped.append(start(*given, **more)) or stepped[-1]
+        together = answers(engine, requests)
+        assert engine.scheduler.pool.num_free == 512
+    assert sum(stepped) > 5
+    assert agreement(together, expected) > 0.7
+
+
 def test_with_few_pages_every_row_ends_and_the_pages_come_back():
     model, _ = build(4)
     with engine_of(model, num_pages=9, most_rows=8) as engine:

@@ -95,6 +95,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, plan, small_bloc
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_ray_gives_the_same_bytes_as_processes(tmp_path, plan, small_blocks):
     ray = pytest.importorskip("ray")

@@ -242,10 +242,10 @@ class Failing(PlainRunner):
 
     failing_steps = 0
 
-    def start(self, rows):
+    def start(self, rows, *, may_step=False):
         if any(row.request.prompt[0] == 13 for row in rows):
             raise ZeroDivisionError("thirteen")
-        super().start(rows)
+        return super().start(rows, may_step=may_step)
 
     def step(self, rows):
         if self.failing_steps:

@@ -37,7 +37,7 @@ def process(folder, port, log, **flags):
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: is_ready(address) or started.poll() is not None, seconds=60)
+        wait_until(lambda: is_ready(address) or started.poll() is not None, seconds=300)
         assert started.poll() is None, Path(log).read_text()
         yield started, address
     finally:

@@ -213,6 +213,7 @@ def test_two_hosts_of_two_devices_train_as_one_process(tmp_path, command, alone)
     assert said == [1, 0]
 
 
+@pytest.mark.slow
 def test_torchrun_trains_as_one_process(tmp_path, command, alone):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -339,7 +340,7 @@ def send_to_the_second_first(pid, number):
     [
         (signal.SIGINT, os.killpg),  # Ctrl-C on a terminal
         (signal.SIGINT, send_to_the_second_first),
-        (signal.SIGTERM, os.kill),
+        pytest.param(signal.SIGTERM, os.kill, marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_of_two_processes_saves_what_it_learned(number, send, tmp_path, command):

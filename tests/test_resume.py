@@ -216,7 +216,11 @@ VARIANTS = {  # where to cut, of 6 batches and 3 optimizer steps an epoch, and t
     "weights and drop_last": ((3, 7), {"train_file_weights": "[1.6]", "drop_last": "true"}),
     "a schedule of cycles": ((3, 7), {"scheduler_type": "CAWR", "warmup_steps": 2}),
 }
-CUTS = [(name, at) for name, (cuts, _) in VARIANTS.items() for at in cuts]
+CUTS = [
+    pytest.param(name, at, marks=pytest.mark.slow if at != cuts[0] else ())
+    for name, (cuts, _) in VARIANTS.items()
+    for at in cuts
+]
 
 
 @pytest.mark.parametrize(("variant", "at"), CUTS)

@@ -30,25 +30,27 @@ class CapturedRunner:
         """Capture all graphs, so that no request waits for one."""
         self.step_of_batch.warm_up()
 
-    def start(self, rows: Sequence[Row]) -> None:
+    def start(self, rows: Sequence[Row], *, may_step: bool = False) -> bool:
         """Read the prompts, and the answers so far, of rows that join; gives a token of each."""
         self._forget_those_that_left(rows)
+        self._send_pages()
         first = len(self._rows)
-        self.step_of_batch.start(first, [self._joining(row) for row in rows], number=self._number)
+        joining = [self._joining(row) for row in rows]
+        have_stepped = self.step_of_batch.start(
+            first, joining, number=self._number, may_step=may_step
+        )
         self._rows += rows
         self._num_pages += [len(row.pages) for row in rows]
-        self._tell(first, list(rows))
+        self._tell(0 if have_stepped else first)
+        return have_stepped
 
     def step(self, rows: Sequence[Row]) -> None:
         """The next token of each row."""
         self._forget_those_that_left()
         assert set(self._rows) == set(rows)
-        for place, row in enumerate(self._rows):
-            if len(row.pages) != self._num_pages[place]:
-                self.step_of_batch.set_pages(place, _shifted(row.pages))
-                self._num_pages[place] = len(row.pages)
+        self._send_pages()
         self.step_of_batch.step(len(rows), number=self._number)
-        self._tell(0, list(self._rows))
+        self._tell(0)
 
     def collect(self) -> list[tuple[Row, int]]:
         """The tokens of the first pass that is not collected yet; waits for it."""
@@ -56,7 +58,16 @@ class CapturedRunner:
         tokens = self.step_of_batch.tokens_of(first, len(rows), number=number)
         return list(zip(rows, tokens, strict=True))
 
-    def _tell(self, first: int, rows: list[Row]) -> None:
+    def _send_pages(self) -> None:
+        """Those that rows have since their last step."""
+        for place, row in enumerate(self._rows):
+            if len(row.pages) != self._num_pages[place]:
+                self.step_of_batch.set_pages(place, _shifted(row.pages))
+                self._num_pages[place] = len(row.pages)
+
+    def _tell(self, first: int) -> None:
+        """A pass gives a token of each row from the place on."""
+        rows = self._rows[first:]
         self._told.append((self._number, first, rows))
         self._number += 1
         for row in rows:

@@ -159,28 +159,34 @@ class Engine:
             self._end(row, Update(error="the deadline of the request has passed", error_status=504))
 
     def _advance(self) -> None:
-        """The prompts of rows that join, and then a step of all."""
+        """The prompts of rows that join, and a step of those that run; in one pass, or in two."""
         scheduler, runner = self.scheduler, self.runner
-        joining = scheduler.admit()
-        if joining:
-            new = [row for row in joining if not row.is_accepted]
-            self._accept(new)
-            self._start(joining)
-            self.metrics.read_prompts(
-                sum(len(row.request.prompt) for row in new if row.request.is_counted)
-            )
-            self._collect(runner.steps_ahead)
         self._leave_the_told()
-        leaving = scheduler.rows_without_room()
-        if leaving:
-            self._collect(0)  # what was told of their answers is not to be told again
+        joining = scheduler.admit()
+        if not joining or not self._join(joining):
+            self._leave_the_told()
             leaving = scheduler.rows_without_room()
-            scheduler.put_back(leaving)
-            self.metrics.put_back(len(leaving))
-        if scheduler.running:
-            scheduler.make_room()
-            self._step()
+            if leaving:
+                self._collect(0)  # what was told of their answers is not to be told again
+                leaving = scheduler.rows_without_room()
+                scheduler.put_back(leaving)
+                self.metrics.put_back(len(leaving))
+            if scheduler.running:
+                scheduler.make_room()
+                self._step()
         self._collect(runner.steps_ahead if scheduler.running else 0)
+
+    def _join(self, rows: list[Row]) -> bool:
+        """Read the prompts of rows that join; whether those that run took a step as well."""
+        new = [row for row in rows if not row.is_accepted]
+        self._accept(new)
+        self.scheduler.make_room()  # there is a page for each: see `admit`
+        have_stepped = self._start(rows, may_step=True)
+        self.metrics.read_prompts(
+            sum(len(row.request.prompt) for row in new if row.request.is_counted)
+        )
+        self._collect(self.runner.steps_ahead)
+        return have_stepped
 
     def _accept(self, rows: Sequence[Row]) -> None:
         """They wait no more; those that come back were counted before."""
@@ -189,16 +195,17 @@ class Engine:
         with self._lock:
             self._num_waiting -= len(rows)
 
-    def _start(self, rows: list[Row]) -> None:
+    def _start(self, rows: list[Row], *, may_step: bool = False) -> bool:
         try:
-            self.runner.start(rows)
+            return self.runner.start(rows, may_step=may_step)
         except Exception as error:  # whichever row it was
-            if len(rows) == 1:
+            if len(rows) > 1:
+                for row in rows:
+                    self._start([row])
+            else:
                 logger.exception("a prompt of %d tokens failed", len(rows[0].request.prompt))
                 self._end(rows[0], Update(error=f"{type(error).__name__}: {error}"))
-                return
-            for row in rows:
-                self._start([row])
+            return False
 
     def _step(self) -> None:
         try:
