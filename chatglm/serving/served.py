@@ -77,7 +77,11 @@ class Served:
                     f"kv_cache_tokens {asked}: one request may take"
                     f" {of_longest * PAGE_TOKENS}; raise it, or lower max_total_tokens"
                 )
-        free = max(_free_bytes(model.device) - _bytes_of_prompts(self.config, model), 0)
+        free = max(
+            _free_bytes(model.device)
+            - _bytes_of_prompts(self.config, model, self.settings.max_running),
+            0,
+        )
         most = int(free * (SHARE_OF_MEMORY if asked is None else 1.0) // each)
         if most < (wanted if asked is not None else of_longest):
             raise ToolkitError(
@@ -211,13 +215,12 @@ def _with_adapters(model: Any, name: str) -> tuple[Any, dict[str, str | None]]:
     return with_row_adapters(model), names
 
 
-def _bytes_of_prompts(config: Any, model: Any) -> int:
-    """What the pass of the longest prompt takes, which on a GPU its graphs keep."""
+def _bytes_of_prompts(config: Any, model: Any, most_rows: int) -> int:
+    """What the pass of the longest prompt and a step takes, which on a GPU its graphs keep."""
     if model.device.type != "cuda":
         return 0
-    return (
-        6 * config.max_sequence_length * config.inner_hidden_size * model.transformer.dtype.itemsize
-    )
+    tokens = config.max_sequence_length + most_rows
+    return 6 * tokens * config.inner_hidden_size * model.transformer.dtype.itemsize
 
 
 def _free_bytes(device: torch.device) -> int:
