@@ -8,8 +8,8 @@ from torch import nn
 from .configuration import ChatGLMConfig
 from .run_settings import Settings
 
-STATE_BYTES = {"adamw": 8, "adam": 8, "lamb": 8, "lion": 4, "adafactor": 0}
-"""Of the optimizer, for each trained value; 8-bit ones keep a quarter, paged ones move away."""
+STATES = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "adafactor": 0}
+"""Values that an optimizer keeps for each trained one, in its precision; 8-bit ones keep bytes."""
 ACTIVATION_WIDTHS = 18
 """Activations that a block keeps for its backward pass, in hidden widths a token: the inputs of
 both norms and of the two linears after them, q, k and v as they come (3), q and k turned, the
@@ -64,7 +64,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=sum(p.nbytes for p in [*model.parameters(), *model.buffers()]),
         gradients=sum(p.nbytes for p in trained),
-        optimizer=sum(p.numel() for p in trained) * state_bytes(train.optimizer),
+        optimizer=sum(p.numel() * state_bytes(train.optimizer, p.dtype) for p in trained),
         activations=round(activations) + 3 * 256 * config.vocab_size * 4,
     )
 
@@ -82,12 +82,16 @@ def _kept_widths(settings: Settings, width: int) -> float:
     return FUSED_WIDTHS + sum(widths[name] for name in targets)
 
 
-def state_bytes(optimizer: str) -> int:
-    """Bytes on the device that an optimizer keeps for each trained value."""
-    if "paged" in optimizer:
-        return 0
-    kind = next((name for name in STATE_BYTES if optimizer.startswith(name)), "adamw")
-    return STATE_BYTES[kind] // 4 if "8bit" in optimizer else STATE_BYTES[kind]
+def state_bytes(optimizer: str, dtype: torch.dtype) -> int:
+    """Bytes that an optimizer keeps on the device for each trained value; paged ones may none."""
+    return 0 if "paged" in optimizer else _stored_bytes(optimizer, dtype)
+
+
+def _stored_bytes(optimizer: str, dtype: torch.dtype) -> int:
+    kept = next(count for name, count in STATES.items() if name in optimizer)
+    if "bit" in optimizer:  # of bitsandbytes
+        return kept * (1 if "8bit" in optimizer else 4)
+    return kept * dtype.itemsize
 
 
 def checkpoint_bytes(model: nn.Module, settings: Settings) -> int:
@@ -98,10 +102,8 @@ def checkpoint_bytes(model: nn.Module, settings: Settings) -> int:
         saved = sum(tensor.numel() for tensor in model.state_dict().values()) * width
     else:
         saved = sum(p.nbytes for p in trained)
-    states = {"paged_adamw_32bit": 8, "paged_lion_32bit": 4}.get(
-        settings.train.optimizer, 2 if "8bit" in settings.train.optimizer else
-        state_bytes(settings.train.optimizer))  # fmt: skip
     if settings.train.save_every_steps == -1:
         return 3 * saved
-    resume = sum(p.nbytes for p in trained) + states * sum(p.numel() for p in trained)
+    states = (p.numel() * _stored_bytes(settings.train.optimizer, p.dtype) for p in trained)
+    resume = sum(p.nbytes for p in trained) + sum(states)
     return 2 * saved + resume + max(saved, resume)

@@ -53,6 +53,9 @@ OPTIMIZERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "paged_lion_32bit": ("bitsandbytes.optim:PagedLion32bit", LION),
 }
 
+FUSED = ("torch.optim:AdamW", "torch.optim:Adam")
+FUSED_ON = ("cuda",)
+
 Range = tuple[str, Callable[[float], bool]]
 POSITIVE: Range = ("above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Range = ("from 0", lambda value: 0 <= value < math.inf)
@@ -86,12 +89,14 @@ def build_optimizer(
         ToolkitError: for a missing library or an option that the schedule doesn't allow.
     """
     path, taken = OPTIMIZERS[settings.optimizer]
+    groups = parameter_groups(model, settings.weight_decay)
     values = {"betas": settings.optimizer_betas, "eps": settings.adam_epsilon}
-    optimizer = _import(path, settings.optimizer)(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        **{name: values[name] for name in taken},
-    )
+    options: dict[str, Any] = {name: values[name] for name in taken}
+    if path in FUSED and all(p.device.type in FUSED_ON for g in groups for p in g["params"]):
+        options["fused"] = True  # one pass over the memory, and nothing as large beside it
+    optimizer: Any = _import(path, settings.optimizer)(groups, lr=settings.learning_rate, **options)
+    # Lightning refuses to clip for one that could undo the scaling of fp16's gradients by itself.
+    optimizer._step_supports_amp_scaling = False  # then torch's scaler undoes it, as for others
     schedule = _build_schedule(
         optimizer, settings, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )

@@ -11,6 +11,7 @@ from peft.tuners.adalora import AdaLoraModel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import train
+from chatglm import optim
 from chatglm.callbacks import LossCurve
 from chatglm.errors import ToolkitError
 from chatglm.model import ChatGLMForConditionalGeneration
@@ -215,6 +216,19 @@ def test_packed_and_padded_batches_train_the_same(fit):
     losses = [fit(max_epochs=2, packing=on).callback_metrics for on in ("true", "false")]
     for name in ("train_loss", "dev_loss"):
         assert float(losses[0][name]) == pytest.approx(float(losses[1][name]), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_fused_optimizer_clips_and_learns_as_another_does(fit, monkeypatch, precision):
+    settings = {"max_epochs": 2, "max_grad_norm": 0.01, "precision": precision}
+    expected = fit(**settings)
+    monkeypatch.setattr(optim, "FUSED_ON", ("cpu",))
+    found = fit(**settings)
+    kinds = [trainer.optimizers[0].defaults["fused"] for trainer in (expected, found)]
+    assert kinds == [None, True]
+    for name in ("train_loss", "dev_loss"):
+        losses = [float(trainer.callback_metrics[name]) for trainer in (expected, found)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_drop_last_says_what_it_leaves_out_and_refuses_to_leave_nothing(fit, saves, capsys):
