@@ -61,7 +61,9 @@ class Answers:
         """
         while self._left:
             try:
-                number, update = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE_SECONDS)
+                # Not wait_for, which in Python 3.11 forgets a cancellation if a token comes with it.
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                    number, update = await self._queue.get()
             except TimeoutError:
                 yield None
                 continue
