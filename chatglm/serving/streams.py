@@ -61,7 +61,7 @@ class Answers:
         """
         while self._left:
             try:
-                # Not wait_for, which in Python 3.11 forgets a cancellation if a token comes with it.
+                # Not wait_for: in Python 3.11 it forgets a cancellation if a token comes with it.
                 async with asyncio.timeout(KEEP_ALIVE_SECONDS):
                     number, update = await self._queue.get()
             except TimeoutError:
