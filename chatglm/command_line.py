@@ -52,7 +52,10 @@ def parse_settings(
         parsed = parser.parse_args(_files_first(arguments))
         parser.validate(parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise ToolkitError(" ".join(str(error).split())) from None
+        reason = " ".join(str(error).split())
+        if "Expected a <class 'list'>" in reason:
+            reason += """; give a list, '["a", "b"]', or add to it: --NAME+ a"""
+        raise ToolkitError(reason) from None
     return [_instance(group, parsed.as_dict()) for group, _, _ in groups]
 
 

@@ -103,6 +103,11 @@ def test_only_a_switch_may_stand_alone():
         parse("--seed", "--resume")
 
 
+def test_a_single_value_for_a_list_is_told_how_to_give_one():
+    with pytest.raises(ToolkitError, match=r"train_file.*mine\.json; give a list, .*--NAME\+ a"):
+        parse("--train_file", "mine.json")
+
+
 def test_a_list_is_given_whole_or_appended_to():
     assert parse("--train_file", '["a", "b"]').train_file == ["a", "b"]
     assert parse("--train_file+", "c", edited={"train_file": ["a"]}).train_file == ["a", "c"]
