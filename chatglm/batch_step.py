@@ -4,10 +4,11 @@ There are buffers for the largest batch, and a graph for each of BATCHES over th
 of them. Rows stand without gaps: when one leaves, the last one takes its place. A place without a
 row has a step below 0: the kernels pass it by.
 
-Where many rows run, they take their step in the same pass as the prompts of those that join: among
-hundreds of rows a few more cost a product next to nothing, and the weights are read once for both
-(Agrawal et al. 2023, "SARATHI"). With few rows prompts have a pass of their own, and an answer is
-the same to the last bit whoever else is served.
+A row that joins has its prompt read up to the last token, which takes its step as the tokens of all
+other rows do. Where many rows run, prompts are read in the same pass as that step: among hundreds
+of rows a few more cost a product next to nothing, and the weights are read once for both (Agrawal
+et al. 2023, "SARATHI"). With few rows prompts have a pass of their own, and an answer is the same
+to the last bit whoever else is served.
 """
 
 import copy
@@ -67,27 +68,31 @@ class BatchStep(CapturedStep):
         """num_pages: the first of which no row may have; see SCRATCH_PAGE."""
         self._num_pages = num_pages
         longest = model.config.max_sequence_length + (model.config.pre_seq_len or 0)
-        super().__init__(model, rows=most_rows, room=-(-longest // PAGE_TOKENS) * PAGE_TOKENS)
+        columns = -(-longest // PAGE_TOKENS)
+        super().__init__(model, rows=most_rows, room=columns * PAGE_TOKENS)
         device = model.device
         self.history = torch.full(
             (HISTORY_LINES, most_rows), self.UNWRITTEN, dtype=torch.int32
         ).pin_memory()
-        self.table = torch.full((most_rows, self.workspace.splits), SCRATCH_PAGE,
-                                dtype=torch.int32, device=device)  # fmt: skip
+        self.table = torch.full(
+            (most_rows, columns), SCRATCH_PAGE, dtype=torch.int32, device=device
+        )
         self.adapters = torch.zeros(most_rows, dtype=torch.int64, device=device)
         self.counts.steps.fill_(-1)
         self._batches: dict[int, CapturedStep] = {}
         pool = new_pool()
         self._prompts = PromptGraphs(
-            model, self._scores_after, most_prompts=1, num_beside=0, pool=pool
+            model, self._read_prompts, most_prompts=1, num_beside=0, pool=pool
         )
         self._prompts_and_step = PromptGraphs(
             model,
-            self._scores_after_and_step,
+            self._read_prompts_and_step,
             most_prompts=MOST_PROMPTS_BESIDE,
             num_beside=most_rows,
             pool=pool,
         )
+        self._next: Any = None
+        """A graph for the next step, which reads prompts as well."""
         for module in model.modules():
             if isinstance(module, RowLinear):
                 module.to(model.transformer.dtype)  # products of one precision
@@ -124,53 +129,45 @@ class BatchStep(CapturedStep):
                 self._read([pads_alone(config, min(length, config.max_sequence_length))] * 2)
 
     @torch.inference_mode()
-    def start(
-        self, first: int, joining: Sequence[Joining], *, number: int, may_step: bool = False
-    ) -> bool:
-        """Read the prompts of rows that join, at the places from first on, and choose a token.
-
-        number: of this pass, counted from 0; the tokens are in the history's line for it. may_step:
-        the rows before may take their next step in this pass; gives whether they did.
-        """
+    def join(self, first: int, joining: Sequence[Joining]) -> None:
+        """Rows take the places from first on, to which the next step must go. What comes before
+        the last token of each is read now or, where many rows run, beside that step."""
+        places = range(first, first + len(joining))
         with self._on_device():
-            self.history[number % HISTORY_LINES] = self.UNWRITTEN
-            part = self._places(first, first + len(joining))
-            steps = may_step and first > ALONE_ROWS and self._prompts_and_step.fits(joining)
             try:
-                new = part._values_of(joining, number)  # before anything takes a step
-                if steps:
-                    self.counts.steps[:first].fill_(number)
-                    scores = self._prompts_and_step.read(joining)
-                else:
-                    scores = self._read(joining)
-                for values, given in new:
+                beside = (
+                    len(places) + first > ALONE_ROWS
+                    and self._next is None
+                    and self._prompts_and_step.fits(joining)
+                )
+                graph = self._prompts_and_step.of(joining) if beside else self._read(joining)
+                for values, given in self._places(first, places.stop)._values_of(joining):
                     values.copy_(given)
-                part.scores.copy_(scores)
-                part._sample()
             except Exception:  # others go on, and may not pass through half a row
-                for place in range(first, first + len(joining)):
+                for place in places:
                     self.clear(place)
                 raise
-        return steps
+            self._next = graph if beside else self._next
 
-    def _read(self, joining: Sequence[Joining]) -> Tensor:
-        """Scores (B, V) after the prompts, in a pass of their own."""
+    def _read(self, joining: Sequence[Joining]) -> None:
+        """The prompts in a pass of their own."""
         if self._prompts.fits(joining):
-            return self._prompts.read(joining)
+            self._prompts.of(joining).replay()
+            return
         model = self.model
         has_adapters = hasattr(model, "row_adapters") and any(one.adapter for one in joining)
         virtual: int = model.config.pre_seq_len or 0
         prompts = Prompts.of(joining, num_virtual=virtual, has_adapters=has_adapters)
-        return self._scores_after(prompts.to(model.device))
+        self._read_prompts(prompts.to(model.device))
 
-    def _scores_after(self, prompts: Prompts, *, beside: bool = False) -> Tensor:
-        """Scores (N, V) after the prompts; beside: and behind them those of all places' rows."""
+    def _read_prompts(self, prompts: Prompts, *, beside: bool = False) -> Tensor | None:
+        """beside: the rows of all places pass through with them; gives their hidden states."""
         model, adapters = self.model, prompts.adapters
         if beside and adapters is not None:
             adapters = torch.cat((adapters, self.adapters))
         if hasattr(model, "row_adapters"):
             model.row_adapters.index = adapters
-        hidden = read_packed(
+        return read_packed(
             model,
             prompts.ids,
             prompts.packed,
@@ -179,18 +176,15 @@ class BatchStep(CapturedStep):
             virtual_slots=prompts.virtual_slots,
             beside=self if beside else None,
         )
-        return model.lm_head(hidden)
 
-    def _scores_after_and_step(self, prompts: Prompts) -> Tensor:
-        """Scores (N, V) after the prompts, where the rows of all places take a step as well."""
-        scores = self._scores_after(prompts, beside=True)
-        after_prompts, own = scores.split((len(scores) - self.rows, self.rows))
-        self.scores.copy_(own)
+    def _read_prompts_and_step(self, prompts: Prompts) -> None:
+        """The rows of all places take a step as well."""
+        hidden = self._read_prompts(prompts, beside=True)
+        self.scores.copy_(self.model.lm_head(hidden))
         self._sample()
-        return after_prompts
 
-    def _values_of(self, joining: Sequence[Joining], number: int) -> list[tuple[Tensor, Tensor]]:
-        """Counts and rules of these places, and what they are to be."""
+    def _values_of(self, joining: Sequence[Joining]) -> list[tuple[Tensor, Tensor]]:
+        """Counts, rules and last tokens of these places, and what they are to be."""
         virtual, counts, draw = self.model.config.pre_seq_len or 0, self.counts, self.draw
         samplings = [one.sampling for one in joining]
         columns = self.table.shape[1]
@@ -200,10 +194,9 @@ class BatchStep(CapturedStep):
                 ids = send(torch.tensor([one.ids]), seen.device)
                 seen[place].copy_(token_bits(ids, seen.shape[1])[0])
         listed: list[tuple[Tensor, list[Any]]] = [
-            (counts.lengths, [virtual + len(one.ids) - 1 for one in joining]),  # sampling adds 1
+            (counts.lengths, [virtual + len(one.read_ids) for one in joining]),
             (counts.text_positions, [one.prompt_length - 2 for one in joining]),
             (counts.first_blocks, [virtual + one.prompt_length - 2 for one in joining]),
-            (counts.steps, [number] * len(joining)),
             (self.adapters, [one.adapter for one in joining]),
             (draw.top_k, [s.top_k if s.do_sample else 1 for s in samplings]),
             (draw.rules, [
@@ -214,7 +207,9 @@ class BatchStep(CapturedStep):
                 one.pages + [SCRATCH_PAGE] * (columns - len(one.pages)) for one in joining
             ]),
         ]  # fmt: skip
+        last_ids = send(torch.tensor([one.ids[-1] for one in joining]), seen.device)
         return [
+            (self.hidden, self.model.transformer.word_embeddings(last_ids)),
             (draw.seen, seen),
             (draw.seeds, send(seed_words([(one.seed, 0) for one in joining]), seen.device)),
             *((own, send(torch.tensor(new, dtype=own.dtype), own.device)) for own, new in listed),
@@ -242,20 +237,26 @@ class BatchStep(CapturedStep):
 
     @torch.inference_mode()
     def step(self, rows: int, *, number: int) -> None:
-        """The next token of the first so many rows, in the history's line for this pass."""
+        """The next token of the first so many rows, in the history's line for this number, which
+        is that of the step, counted from 0."""
         self.history[number % HISTORY_LINES] = self.UNWRITTEN
-        self.counts.steps[:rows].fill_(number)  # a pass of those that join counts too
-        self._batch(min(batch_size(rows), self.rows)).next_token()
+        self.counts.steps[:rows].fill_(number)
+        graph, self._next = self._next, None
+        if graph is None:
+            self._batch(min(batch_size(rows), self.rows)).next_token()
+            return
+        with self._on_device():
+            graph.replay()
 
     def _batch(self, size: int) -> CapturedStep:
         if size not in self._batches:
             self._batches[size] = self._places(0, size)
         return self._batches[size]
 
-    def tokens_of(self, first: int, rows: int, *, number: int) -> list[int]:
-        """Those of a pass, of so many places from first on."""
+    def tokens_of(self, rows: int, *, number: int) -> list[int]:
+        """Those of a step, of the first so many places; waits for them."""
         part = copy.copy(self)
-        part.history = self.history[:, first : first + rows]
+        part.history = self.history[:, :rows]
         return part.wait_for(number % HISTORY_LINES).tolist()
 
     def _product(self, x, linear, out, *, norm=None, gelu=False, alpha=None) -> None:

@@ -38,8 +38,8 @@ class Packed:  # not frozen: Lightning looks into what a batch holds, and refuse
 
     @classmethod
     def of(cls, context_lengths: Sequence[int], lengths: Sequence[int]) -> "Packed":
-        """For sequences of these lengths, on the CPU; each has a context and an answer."""
-        assert all(0 < c < n for c, n in zip(context_lengths, lengths, strict=True))
+        """For sequences of these lengths, on the CPU; each has a context, some an answer."""
+        assert all(0 < c <= n for c, n in zip(context_lengths, lengths, strict=True))
         contexts, wholes = torch.tensor(context_lengths), torch.tensor(lengths)
         answers, numbers = wholes - contexts, torch.arange(len(lengths))
         sequence, column = [], []
@@ -77,11 +77,6 @@ class Packed:  # not frozen: Lightning looks into what a batch holds, and refuse
         context = self.context_lengths[self.sequence]
         text = torch.minimum(self.column, context - 1)  # from <sop> on, that of [gMASK]
         return torch.stack((text, (self.column - context + 1).clamp(min=0)))
-
-    def last_tokens(self) -> Tensor:
-        """Where each sequence's last token stands, (N,)."""
-        answers = self.lengths - self.context_lengths
-        return self.num_context_tokens + answers.cumsum(0) - 1
 
 
 @dataclass(frozen=True, eq=False)

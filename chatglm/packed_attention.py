@@ -86,32 +86,29 @@ class PackedAttention:
         cache: tuple[Tensor, Tensor],
         *,
         slots: Tensor,
-        only: Tensor | None = None,
-    ) -> Tensor:
+        keys_alone: bool = False,
+    ) -> Tensor | None:
         """The same without a gradient, (T, 3 H D) to (T, H D), and into a cache's pages.
 
         cache: keys and values (pages, H, 64, D), of which the tokens get the slots (T,) int32, page
-        * 64 + place. only (N,): of these tokens alone, the last one of each sequence.
+        * 64 + place. keys_alone: they are all that is wanted.
         """
         if not self.is_fused:
             query, keys, values = self._plain_heads(mixed)
             for stored, new in zip(cache, (keys, values), strict=True):
                 stored[slots // stored.shape[2], :, slots % stored.shape[2]] = new
-            out = self.padding.attend(query, keys, values, prefix)
-            return (out if only is None else out[only]).flatten(1)
+            if keys_alone:
+                return None
+            return self.padding.attend(query, keys, values, prefix).flatten(1)
         places = self.places
         query, keys, values = passes.split_heads(
             mixed, self.turning, num_keys=places.num_keys, slots=slots, cache=cache
         )
+        if keys_alone:
+            return None
         if prefix is not None:
             keys[places.virtual], values[places.virtual] = (x.transpose(1, 2) for x in prefix)
-        if only is None:
-            return _attend(self, query, keys, values)[0].flatten(1)
-        one_each = torch.arange(len(only) + 1, device=only.device, dtype=torch.int32)
-        lengths = one_each, places.ends, 1, places.longest
-        scale = query.shape[-1] ** -0.5
-        out = _flash(query[only], keys, values, *lengths, 0.0, False, False, scale=scale)[0]
-        return out.flatten(1)
+        return _attend(self, query, keys, values)[0].flatten(1)
 
     def _plain_heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, keys and values (T, H, D), the first two turned."""
@@ -192,12 +189,16 @@ class _Flash(torch.autograd.Function):
 
 def _attend(
     attention: PackedAttention, query: Tensor, keys: Tensor, values: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Any, Any]]:
-    """(T, H, D) of the row's queries, and of the two calls what the backward pass wants."""
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+    """(T, H, D) of the row's queries, and of the two calls what the backward pass wants, if there
+    are two: where no sequence has an answer there is one, and no backward pass."""
     in_context, scale = attention.packed.num_context_tokens, query.shape[-1] ** -0.5
-    of_contexts = _of_contexts(attention, keys, values)
+    has_answers = attention.packed.longest_answer > 0
+    of_contexts = _of_contexts(attention, keys, values) if has_answers else (keys, values)
     first = _flash(query[:in_context], *of_contexts, *_lengths_of_contexts(attention), 0.0,
                    False, False, scale=scale)  # fmt: skip
+    if not has_answers:
+        return first[0], (first[1],), (first[2:4],)
     second = _flash(query[in_context:], keys, values, *_lengths_of_answers(attention), 0.0,
                     True, False, scale=scale)  # fmt: skip
     out = torch.cat((first[0], second[0]))

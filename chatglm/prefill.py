@@ -3,8 +3,11 @@
 Beside the products, reading a prompt is memory traffic: turning query and key alone is a dozen
 passes over them in plain tensors. Here each layer has six. Rows of one length go without a mask,
 which lets the fast kernels take their attention: the context sees all of itself, and what comes
-after it, usually <sop> alone, sees everything. Prompts of many lengths that go into pages are read
-side by side in one row instead, without pads. The last layer is computed for the last tokens only.
+after it, usually <sop> alone, sees everything. The last layer is computed for the last tokens only.
+
+Prompts of many lengths that go into pages are read side by side in one row instead, without pads,
+and up to their last tokens, each of which takes a step with those of the rows that run: of the last
+layer nothing is computed but keys and values.
 """
 
 from collections.abc import Callable
@@ -57,7 +60,9 @@ def read_prompts(
         return context.transpose(1, 2).flatten(2)
 
     hidden = model.transformer.word_embeddings(input_ids)
-    return _through(model.transformer, hidden, attention, lambda x: _last_of(x, lengths))[:, 0]
+    found = _through(model.transformer, hidden, attention, lambda x: _last_of(x, lengths))
+    assert found is not None
+    return found[:, 0]
 
 
 class Beside(Protocol):
@@ -66,8 +71,8 @@ class Beside(Protocol):
     hidden: Tensor
     """(B, C), their embeddings."""
 
-    def attend(self, number: int, mixed: Tensor) -> Tensor:
-        """In a layer, (B, H D) of their query, key and value (B, 3 H D)."""
+    def attend(self, number: int, mixed: Tensor, *, keys_are_new: bool) -> Tensor:
+        """In a layer, (B, H D) of their query, key and value (B, 3 H D); see ops.attention."""
 
 
 def read_packed(
@@ -79,12 +84,13 @@ def read_packed(
     slots: Tensor,
     virtual_slots: Tensor,
     beside: "Beside | None" = None,
-) -> Tensor:
-    """The last tokens' hidden states (N, C), after the last norm, of prompts in one row (T,).
+) -> Tensor | None:
+    """Puts the keys and values of N sequences' tokens, in one row (T,), into pages.
 
     pages: of a layer, keys and values (pages, H, 64, D). slots (T,), virtual_slots (N, P) int32:
-    page * 64 + place of each token and virtual token. beside: B other tokens, whose states come
-    behind, (N + B, C); the model's `row_adapters` know of all T + B tokens.
+    page * 64 + place of each token and virtual token. beside: B other tokens, which may see those;
+    gives their hidden states (B, C) after the last norm. The model's `row_adapters` know of all
+    T + B tokens.
     """
     transformer = model.transformer
     prefix = _prefix(transformer, len(packed.lengths), transformer.dtype)
@@ -94,43 +100,44 @@ def read_packed(
         half=transformer.dtype != torch.float32,
         dtype=transformer.dtype,
     )
-    num_tokens, last = len(input_ids), packed.last_tokens()
-    kept, hidden = last, transformer.word_embeddings(input_ids)
+    num_tokens, hidden = len(input_ids), transformer.word_embeddings(input_ids)
     if beside is not None:
         hidden = torch.cat((hidden, beside.hidden))
-        kept = torch.cat((last, torch.arange(num_tokens, len(hidden), device=last.device)))
 
-    def attention(number: int, mixed: Tensor, only_last: bool) -> Tensor:
+    def attention(number: int, mixed: Tensor, is_last: bool) -> Tensor | None:
         before = None
         if prefix is not None:
             before = prefix[number, 0], prefix[number, 1]  # each (N, H, P, D)
             for stored, new in zip(pages(number), before, strict=True):
                 places = virtual_slots // stored.shape[2], virtual_slots % stored.shape[2]
                 stored[places[0], :, places[1]] = new.transpose(1, 2)
-        only = last if only_last else None
-        context = attend.read(mixed[:num_tokens], before, pages(number), slots=slots, only=only)
+        context = attend.read(
+            mixed[:num_tokens], before, pages(number), slots=slots, keys_alone=is_last
+        )
         if beside is None:
             return context
-        return torch.cat((context, beside.attend(number, mixed[num_tokens:])))
+        own = beside.attend(number, mixed[num_tokens:], keys_are_new=True)
+        return own if context is None else torch.cat((context, own))
 
-    def last_of(x: Tensor) -> Tensor:
+    def own_of(x: Tensor) -> Tensor:
         adapters = getattr(model, "row_adapters", None)
         if adapters is not None and adapters.index is not None:  # of each token so far
-            adapters.index = adapters.index[kept]
-        return x[kept]
+            adapters.index = adapters.index[num_tokens:]
+        return x[num_tokens:]
 
-    return _through(transformer, hidden, attention, last_of)
+    return _through(transformer, hidden, attention, own_of)
 
 
 def _through(
     transformer: Any,
     hidden: Tensor,
-    attention: Callable[[int, Tensor, bool], Tensor],
-    last_of: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The blocks and the last norm; in the last block, the last tokens alone after attention.
+    attention: Callable[[int, Tensor, bool], Tensor | None],
+    some_of: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """The blocks and the last norm; in the last block, some tokens alone after attention.
 
-    attention: of a layer's number, query, key and value, and whether only the last tokens' counts.
+    attention: of a layer's number, its query, key and value, and whether it is the last; None: what
+    was wanted is done.
     """
     layers = transformer.layers
     normed = layers[0].input_layernorm(hidden)
@@ -138,7 +145,9 @@ def _through(
         is_last = number == len(layers) - 1
         mixed = layer.attention.query_key_value(normed)
         context = attention(number, mixed, is_last)
-        normed = last_of(normed) if is_last else normed
+        if context is None:
+            return None
+        normed = some_of(normed) if is_last else normed
         branch = layer.attention.dense(context)
         del mixed, context, hidden  # what follows takes the most memory
         normed = _next_norm(branch, normed, layer.alpha, layer.post_attention_layernorm)

@@ -1,9 +1,10 @@
 """Prompts that are to be read into pages, and their pass as a CUDA graph.
 
-A prompt's pass is some hundreds of launches, which cost the host twice the time that the GPU takes
-for them. So there is a graph for each number of tokens, in steps of SIZE_STEP: beside the prompts
-in the row stand sequences of pads that fill the step. Answers that are read again, and prompts for
-which no graph is large enough, go without one.
+A prompt is read up to its last token, <sop>, which takes a step of its row (batch_step.py). Its
+pass is some hundreds of launches, which cost the host twice the time that the GPU takes for them.
+So there is a graph for each number of tokens, in steps of SIZE_STEP: beside the prompts in the row
+stand sequences of pads that fill the step. Answers that are read again, and prompts for which no
+graph is large enough, go without one.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from .paged_cache import PAGE_TOKENS, padded
 from .sampling import Sampling
 
 SIZE_STEP = 64
-LEAST_PADS = 2
-"""Of a sequence that is not there: a context of one, and its <sop>."""
+LEAST_PADS = 1
+"""Of a sequence that is not there."""
 SCRATCH_PAGE = 0
 """Whatever is written for places without a row, and for pads, goes there."""
 
@@ -40,6 +41,11 @@ class Joining:
         """Whether it has no answer yet."""
         return len(self.ids) == self.prompt_length
 
+    @property
+    def read_ids(self) -> list[int]:
+        """Up to the last, with which its first step begins."""
+        return self.ids[:-1]
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -59,10 +65,10 @@ class Prompts:
     def of(cls, joining: Sequence[Joining], *, num_virtual: int, has_adapters: bool) -> "Prompts":
         """On the CPU."""
         contexts = [one.prompt_length - 1 for one in joining]  # up to <sop>
-        packed = Packed.of(contexts, [len(one.ids) for one in joining])
+        packed = Packed.of(contexts, [len(one.read_ids) for one in joining])
         table, before = padded([one.pages for one in joining], torch.device("cpu")), num_virtual
         return cls(
-            packed.row([one.ids for one in joining]),
+            packed.row([one.read_ids for one in joining]),
             packed,
             _slots(table, packed.sequence, packed.column + before),
             _slots(table, torch.arange(len(joining))[:, None], torch.arange(before)),
@@ -93,9 +99,10 @@ def _slots(table: Tensor, sequences: Tensor, columns: Tensor) -> Tensor:
 
 
 def pads_alone(config: Any, number: int) -> Joining:
-    """A prompt of so many tokens that say nothing."""
+    """A prompt of so many tokens to be read, which say nothing."""
     pages = [SCRATCH_PAGE] * -(-((config.pre_seq_len or 0) + number) // PAGE_TOKENS)
-    return Joining([config.pad_token_id] * number, number, pages, Sampling(), seed=0)
+    ids = [config.pad_token_id] * (number + 1)
+    return Joining(ids, len(ids), pages, Sampling(), seed=0)
 
 
 class PromptGraphs:
@@ -104,24 +111,18 @@ class PromptGraphs:
     def __init__(
         self,
         model: Any,
-        work: Callable[[Prompts], Tensor],
+        work: Callable[[Prompts], None],
         *,
         most_prompts: int,
         num_beside: int,
         pool: Any,
     ):
-        """work: scores (most_prompts + 1, V) after the prompts. num_beside: other rows that the
-        model's products have in it. pool: see new_pool."""
+        """work: the pass. num_beside: other rows that the model's products have in it. pool: see
+        new_pool."""
         self._config, self.device = model.config, model.device
         self._work, self._pool = work, pool
         self._num_sequences, self._num_beside = most_prompts + 1, num_beside
         self._has_adapters = hasattr(model, "row_adapters")
-        self._scores = torch.empty(
-            self._num_sequences,
-            model.config.vocab_size,
-            dtype=model.transformer.dtype,
-            device=self.device,
-        )
         self._graphs: dict[int, tuple[Prompts, Any]] = {}
 
     def warm_up(self) -> None:
@@ -138,17 +139,16 @@ class PromptGraphs:
             return False
         return self._size(self._least_tokens(joining)) in self._graphs
 
-    def read(self, joining: Sequence[Joining]) -> Tensor:
-        """Scores (B, V) after the prompts, which fit; they stand there until the next pass."""
+    def of(self, joining: Sequence[Joining]) -> Any:
+        """The graph, to be replayed before the next is asked for, of prompts that fit."""
         size = self._size(self._least_tokens(joining))
         own, graph = self._graphs[size]
         own.copy_(self._filled(joining, size))
-        graph.replay()
-        return self._scores[: len(joining)]
+        return graph
 
     def _least_tokens(self, joining: Sequence[Joining]) -> int:
         free = self._num_sequences - len(joining)
-        return sum(len(one.ids) for one in joining) + LEAST_PADS * free
+        return sum(len(one.read_ids) for one in joining) + LEAST_PADS * free
 
     def _size(self, tokens: int) -> int:
         """Tokens of the smallest graph for so many: its products have whole steps of rows."""
@@ -167,7 +167,7 @@ class PromptGraphs:
         prompts = self._filled([], size)
         packed = replace(prompts.packed, longest_context=size, longest=size)  # as any may be
         own = replace(prompts, packed=packed).to(self.device)
-        return own, capture(lambda: self._scores.copy_(self._work(own)), self._pool)
+        return own, capture(lambda: self._work(own), self._pool)
 
 
 def new_pool() -> Any:

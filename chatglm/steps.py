@@ -91,7 +91,7 @@ class CapturedStep:
         heads, width = config.num_attention_heads, config.hidden_size
         self.cache: Any = self._make_cache(model, cache_bits)
         self.counts = Counts.zeros(rows, device)
-        self.workspace = ops.AttentionWorkspace(rows, heads, room, device)
+        self.workspace = ops.AttentionWorkspace(rows, heads, device)
         positions = config.max_sequence_length + rows  # drafts may go past the end
         self.rotary = rotary_tables(positions, config.head_width // 2, half=True, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -231,8 +231,11 @@ class CapturedStep:
                 checked = time.monotonic()
         return tokens.long()
 
-    def attend(self, number: int, mixed: Tensor) -> Tensor:
-        """In a layer, (rows, H D) of the rows' query, key and value (rows, 3 H D)."""
+    def attend(self, number: int, mixed: Tensor, *, keys_are_new: bool = False) -> Tensor:
+        """In a layer, (rows, H D) of the rows' query, key and value (rows, 3 H D).
+
+        keys_are_new: see ops.attention.
+        """
         keys, values, scales = self.cache.layer(number)
         return ops.attention(
             mixed,
@@ -246,6 +249,7 @@ class CapturedStep:
             out=self.context,
             scales=scales,
             pages=self.table,
+            keys_are_new=keys_are_new,
         )
 
     def _step(self) -> None:

@@ -22,9 +22,6 @@ def reason_against(model: Any) -> str | None:
         return f"its heads are {model.config.head_width} wide"
     if model.lm_head.out_features % 32:
         return f"its vocabulary of {model.lm_head.out_features} is no multiple of 32"
-    longest = model.config.max_sequence_length + (model.config.pre_seq_len or 0)
-    if longest > ops.MOST_KEYS:
-        return f"its sequences are longer than {ops.MOST_KEYS}"
     linears = linears_of(model.transformer.layers)
     strange = next((one for one in linears if stored_linear(one) is None), None)
     if strange is not None:

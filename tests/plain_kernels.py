@@ -39,7 +39,7 @@ def _see(query, keys, values):
 
 
 def attention(mixed, keys, values, rotary, *, lengths, text_positions, first_blocks, workspace,
-              out, scales=None, pages=None):  # fmt: skip
+              out, scales=None, pages=None, keys_are_new=False):  # fmt: skip
     if pages is not None:
         _paged_attention(mixed, keys, values, rotary, lengths, text_positions, first_blocks,
                          workspace, out, pages)  # fmt: skip

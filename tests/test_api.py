@@ -538,7 +538,7 @@ def test_prompts_are_logged_only_if_that_is_asked_for(plain, caplog):
 class Broken(PlainRunner):
     """A runner that can do nothing."""
 
-    def start(self, rows, *, may_step=False):
+    def start(self, rows):
         raise ZeroDivisionError("broken")
 
 

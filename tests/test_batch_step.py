@@ -61,23 +61,18 @@ def test_prompts_are_read_beside_a_step_once_many_rows_run(model, alone_rows, mo
     monkeypatch.setattr(batch_step, "ALONE_ROWS", alone_rows)
     requests = requests_of(model, 32, seed=3, longest=20)
     expected = [shown(model, alone(model, request)) for request in requests]
-    runner, passes = captured(model), []
-    start, step = runner.start, runner.step
+    runner, joins = captured(model), []
+    step, start = runner.step_of_batch, runner.start
 
-    def noted(rows, *, may_step=False):
-        before = {row: row.num_told for row in runner._rows if row.pages and row not in rows}
-        have_stepped = start(rows, may_step=may_step)
-        passes.append((len(before), len(rows), have_stepped))
-        assert all(row.num_told == told + have_stepped for row, told in before.items())
-        return have_stepped
+    def noted(rows):
+        start(rows)
+        joins.append((len(runner._rows), len(rows), step._next is not None))
 
     monkeypatch.setattr(runner, "start", noted)
-    monkeypatch.setattr(runner, "step", lambda rows: passes.append(None) or step(rows))
     with serving(model, runner=runner, prefill_tokens=40) as engine:
         assert [told.text() for told in answers(engine, requests)] == expected
-    starts = [one for one in passes if one is not None]
-    assert all(steps == (running > alone_rows) for running, _, steps in starts)
-    assert alone_rows == 32 or any(joining > 1 and steps for _, joining, steps in starts)
+    assert all(beside == (running > alone_rows) for running, _, beside in joins)
+    assert alone_rows == 32 or any(joining > 1 and beside for _, joining, beside in joins)
 
 
 @pytest.mark.parametrize("most_rows", [3, 8])

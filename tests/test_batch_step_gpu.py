@@ -89,12 +89,12 @@ def test_many_rows_that_step_beside_prompts_have_about_their_own_answers(bits):
     requests = requests_of(60)
     expected = [alone(model, request) for request in requests]
     with engine_of(model, num_pages=512, most_rows=24, prefill_tokens=300) as engine:
-        runner, stepped = engine.runner, []
-        start = runner.start
-        runner.start = lambda *given, **more: stepped.append(start(*given, **more)) or stepped[-1]
+        step, beside = engine.runner.step_of_batch, []
+        join = step.join
+        step.join = lambda *given: join(*given) or beside.append(step._next is not None)
         together = answers(engine, requests)
         assert engine.scheduler.pool.num_free == 512
-    assert sum(stepped) > 5
+    assert sum(beside) > 5
     assert agreement(together, expected) > 0.7
 
 

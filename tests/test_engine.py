@@ -242,10 +242,10 @@ class Failing(PlainRunner):
 
     failing_steps = 0
 
-    def start(self, rows, *, may_step=False):
+    def start(self, rows):
         if any(row.request.prompt[0] == 13 for row in rows):
             raise ZeroDivisionError("thirteen")
-        return super().start(rows, may_step=may_step)
+        super().start(rows)
 
     def step(self, rows):
         if self.failing_steps:

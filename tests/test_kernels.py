@@ -57,8 +57,8 @@ def test_every_kernel_compiles_for_every_card(card):
     sizes = ("IN_FEATURES=4096", "ROWS=1", "UNROLL=4")
     assert compile_source("linear", card, ("BITS=4", *sizes, *around))
     assert compile_source("linear", card, ("BITS=8", *sizes, *half))
-    for variant in ((), ("DRAFTS",), ("CACHE8",)):
-        assert compile_source("attention", card, ("MOST_KEYS=2048", *variant, *half))
+    for variant in ((), ("DRAFTS",), ("CACHE8",), ("PAGED",), ("PAGED", "WAITS")):
+        assert compile_source("attention", card, (*variant, *half))
     assert compile_source("dequantize", card, ("BITS=8", *half))
     for name in ("sample", "rotate"):
         assert compile_source(name, card, tuple(half))
@@ -171,7 +171,7 @@ def test_attention_over_the_filled_part_of_a_cache(room, dtype):
     text = torch.randint(0, 2048, (rows,), device="cuda", dtype=torch.int32)
     first_blocks = (lengths - torch.randint(0, 2048, (rows,), device="cuda")).to(torch.int32)
     mixed = random(rows, heads * 3 * WIDTH, dtype=dtype)
-    workspace = ops.AttentionWorkspace(rows, heads, room, torch.device("cuda"))
+    workspace = ops.AttentionWorkspace(rows, heads, torch.device("cuda"))
     for _ in range(2):  # the counters of the first run must be as they were
         out = poisoned(rows, heads * WIDTH, dtype=dtype)
         ops.attention(mixed, keys, values, rotary(), lengths=lengths, text_positions=text,
@@ -220,7 +220,7 @@ def test_attention_over_a_cache_of_int8():
     mixed, out = random(rows, heads * 3 * WIDTH), poisoned(rows, heads * WIDTH)
     zeros = torch.zeros(rows, dtype=torch.int32, device="cuda")
     ops.attention(mixed, keys, values, rotary(), lengths=lengths, text_positions=zeros,
-                  first_blocks=lengths, workspace=ops.AttentionWorkspace(rows, heads, room,
+                  first_blocks=lengths, workspace=ops.AttentionWorkspace(rows, heads,
                   lengths.device), out=out, scales=scales)  # fmt: skip
     q, k, v = mixed.unflatten(-1, (heads, -1)).double().chunk(3, dim=-1)  # at position 0
     for row, length in enumerate(lengths.tolist()):
@@ -251,7 +251,7 @@ def test_attention_over_pages_is_that_over_whole_rows(dtype):
         outs.append(poisoned(rows, heads * WIDTH, dtype=dtype))
         ops.attention(mixed, keys, values, rotary(), lengths=lengths, text_positions=text,
                       first_blocks=torch.zeros_like(lengths), out=outs[-1], pages=table,
-                      workspace=ops.AttentionWorkspace(rows, heads, room, lengths.device),
+                      workspace=ops.AttentionWorkspace(rows, heads, lengths.device),
                       )  # fmt: skip
     assert torch.equal(*outs)
     for to, x in zip(paged, whole, strict=True):  # the new keys and values went to their pages

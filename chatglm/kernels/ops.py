@@ -17,8 +17,11 @@ logger = logging.getLogger("chatglm")
 
 THREADS = 256
 MOST_TOP_K = 1024
-MOST_KEYS = 8000  # a part of attention for each of 128 threads, and room for drafts
-HEAD_WIDTH, _ATTENTION_THREADS, _KEYS_PER_BLOCK = 128, 128, 64
+HEAD_WIDTH, _ATTENTION_THREADS = 128, 128
+FEW_ROWS = 8
+_GROUPS, _GROUPS_OF_MANY = 12, 4
+"""Blocks that share the keys of a head: with few rows as many as fill a card of 132 multiprocessors
+with one, and the same whatever their number, so that a row's sums are too."""
 
 
 @functools.cache
@@ -33,11 +36,10 @@ def reason_against_card(device: int) -> str | None:
 
 
 class AttentionWorkspace:
-    """What the parts of one step's attention are joined through; rows B, room in keys."""
+    """What the parts of one step's attention are joined through; for up to so many rows."""
 
-    def __init__(self, rows: int, heads: int, most_keys: int, device: torch.device):
-        self.most_keys, self.splits = most_keys, -(-most_keys // _KEYS_PER_BLOCK)
-        shape = (rows, heads, self.splits, HEAD_WIDTH + 2)
+    def __init__(self, rows: int, heads: int, device: torch.device):
+        shape = (rows, heads, _GROUPS, HEAD_WIDTH + 2)
         self.parts = torch.empty(shape, dtype=torch.float32, device=device)
         self.counters = torch.zeros(rows, heads, dtype=torch.int32, device=device)
 
@@ -55,31 +57,37 @@ def attention(
     out: Tensor,
     scales: Tensor | None = None,
     pages: Tensor | None = None,
+    keys_are_new: bool = False,
 ) -> Tensor:
     """One new token a row over its cache: (B, 3 H D), query, key and value per head, to (B, H D).
 
     keys, values (B, H, capacity, D): the new ones are put at lengths (B,) int32. rotary: cosine and
     sine (positions, 64) in fp32. The token stands at text_positions (B,) and, in the answer, at
     lengths - first_blocks (B,). scales (2, B, H, capacity) fp32: keys and values are int8, and to
-    be multiplied with these. pages (B, splits of the workspace) int32: keys and values are pages
-    of 64, (pages, H, 64, D), and these are the rows'.
+    be multiplied with these. pages (B, columns) int32: keys and values are pages of 64, (pages, H,
+    64, D), and these are the rows'. keys_are_new: the kernel before may have written to the cache.
     """
     sequences, heads, capacity, width = keys.shape
     flags = {"BF16": mixed.dtype == torch.bfloat16, "CACHE8": scales is not None,
-             "PAGED": pages is not None}  # fmt: skip
-    kernel = _attention_kernel(mixed.device.index, workspace, flags)
-    kernel.launch(
-        (workspace.splits, heads, mixed.shape[0]),
+             "PAGED": pages is not None, "WAITS": keys_are_new}  # fmt: skip
+    columns = 0 if pages is None else pages.shape[1]
+    _attention_kernel(mixed.device.index, flags).launch(
+        _attention_grid(heads, len(mixed)),
         _ATTENTION_THREADS,
         [mixed, keys, values, scales, *rotary, lengths, text_positions, first_blocks,
-         workspace.parts, workspace.counters, out, sequences, heads, capacity, width**-0.5, pages],
+         workspace.parts, workspace.counters, out, sequences, heads, capacity, width**-0.5, pages,
+         columns],
     )  # fmt: skip
     return out
 
 
-def _attention_kernel(device: int, workspace: AttentionWorkspace, flags: dict[str, bool]) -> Kernel:
+def _attention_grid(heads: int, rows: int) -> tuple[int, int, int]:
+    return (_GROUPS if rows <= FEW_ROWS else _GROUPS_OF_MANY, heads, rows)
+
+
+def _attention_kernel(device: int, flags: dict[str, bool]) -> Kernel:
     named = (name for name, is_set in flags.items() if is_set)
-    return get_kernel("attention", device, (f"MOST_KEYS={workspace.most_keys}", *named))
+    return get_kernel("attention", device, tuple(named))
 
 
 def attention_of_drafts(
@@ -98,12 +106,11 @@ def attention_of_drafts(
     """
     _, heads, capacity, width = keys.shape
     flags = {"BF16": query.dtype == torch.bfloat16, "DRAFTS": True}
-    kernel = _attention_kernel(query.device.index, workspace, flags)
-    kernel.launch(
-        (workspace.splits, heads, query.shape[2]),
+    _attention_kernel(query.device.index, flags).launch(
+        _attention_grid(heads, query.shape[2]),
         _ATTENTION_THREADS,
         [query, keys, values, None, None, None, lengths, None, None, workspace.parts,
-         workspace.counters, out, 1, heads, capacity, width**-0.5, None],
+         workspace.counters, out, 1, heads, capacity, width**-0.5, None, 0],
     )  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ class CapturedRunner:
         self._adapters = getattr(model, "row_adapters", None)
         self._rows: list[Row] = []  # by their places
         self._num_pages: list[int] = []  # of each, as the GPU knows them
-        self._told: deque[tuple[int, int, list[Row]]] = deque()  # number, first place, rows
+        self._told: deque[tuple[int, list[Row]]] = deque()  # number of the step, rows
         self._number = 0
 
     @property
@@ -30,19 +30,13 @@ class CapturedRunner:
         """Capture all graphs, so that no request waits for one."""
         self.step_of_batch.warm_up()
 
-    def start(self, rows: Sequence[Row], *, may_step: bool = False) -> bool:
-        """Read the prompts, and the answers so far, of rows that join; gives a token of each."""
+    def start(self, rows: Sequence[Row]) -> None:
+        """Rows join: their prompts, and answers so far, are read up to the last token, now or with
+        the next step, which begins with that token."""
         self._forget_those_that_left(rows)
-        self._send_pages()
-        first = len(self._rows)
-        joining = [self._joining(row) for row in rows]
-        have_stepped = self.step_of_batch.start(
-            first, joining, number=self._number, may_step=may_step
-        )
+        self.step_of_batch.join(len(self._rows), [self._joining(row) for row in rows])
         self._rows += rows
         self._num_pages += [len(row.pages) for row in rows]
-        self._tell(0 if have_stepped else first)
-        return have_stepped
 
     def step(self, rows: Sequence[Row]) -> None:
         """The next token of each row."""
@@ -50,12 +44,15 @@ class CapturedRunner:
         assert set(self._rows) == set(rows)
         self._send_pages()
         self.step_of_batch.step(len(rows), number=self._number)
-        self._tell(0)
+        self._told.append((self._number, list(self._rows)))
+        self._number += 1
+        for row in rows:
+            row.num_told += 1
 
     def collect(self) -> list[tuple[Row, int]]:
-        """The tokens of the first pass that is not collected yet; waits for it."""
-        number, first, rows = self._told.popleft()
-        tokens = self.step_of_batch.tokens_of(first, len(rows), number=number)
+        """The tokens of the first step that is not collected yet; waits for it."""
+        number, rows = self._told.popleft()
+        tokens = self.step_of_batch.tokens_of(len(rows), number=number)
         return list(zip(rows, tokens, strict=True))
 
     def _send_pages(self) -> None:
@@ -64,14 +61,6 @@ class CapturedRunner:
             if len(row.pages) != self._num_pages[place]:
                 self.step_of_batch.set_pages(place, _shifted(row.pages))
                 self._num_pages[place] = len(row.pages)
-
-    def _tell(self, first: int) -> None:
-        """A pass gives a token of each row from the place on."""
-        rows = self._rows[first:]
-        self._told.append((self._number, first, rows))
-        self._number += 1
-        for row in rows:
-            row.num_told += 1
 
     def _forget_those_that_left(self, joining: Sequence[Row] = ()) -> None:
         """A row that left has no pages; the last one takes its place."""

@@ -159,34 +159,33 @@ class Engine:
             self._end(row, Update(error="the deadline of the request has passed", error_status=504))
 
     def _advance(self) -> None:
-        """The prompts of rows that join, and a step of those that run; in one pass, or in two."""
+        """The prompts of rows that join, and a step of all."""
         scheduler, runner = self.scheduler, self.runner
         self._leave_the_told()
-        joining = scheduler.admit()
-        if not joining or not self._join(joining):
+        joining = scheduler.admit()  # which leaves each row that runs a page for its next token
+        if joining:
+            self._join(joining)
             self._leave_the_told()
+        leaving = scheduler.rows_without_room()
+        if leaving:
+            self._collect(0)  # what was told of their answers is not to be told again
             leaving = scheduler.rows_without_room()
-            if leaving:
-                self._collect(0)  # what was told of their answers is not to be told again
-                leaving = scheduler.rows_without_room()
-                scheduler.put_back(leaving)
-                self.metrics.put_back(len(leaving))
-            if scheduler.running:
-                scheduler.make_room()
-                self._step()
+            scheduler.put_back(leaving)
+            self.metrics.put_back(len(leaving))
+        if scheduler.running:
+            scheduler.make_room()
+            self._step()
         self._collect(runner.steps_ahead if scheduler.running else 0)
 
-    def _join(self, rows: list[Row]) -> bool:
-        """Read the prompts of rows that join; whether those that run took a step as well."""
+    def _join(self, rows: list[Row]) -> None:
+        """Read the prompts of rows that join."""
         new = [row for row in rows if not row.is_accepted]
         self._accept(new)
-        self.scheduler.make_room()  # there is a page for each: see `admit`
-        have_stepped = self._start(rows, may_step=True)
+        self._start(rows)
         self.metrics.read_prompts(
             sum(len(row.request.prompt) for row in new if row.request.is_counted)
         )
         self._collect(self.runner.steps_ahead)
-        return have_stepped
 
     def _accept(self, rows: Sequence[Row]) -> None:
         """They wait no more; those that come back were counted before."""
@@ -195,9 +194,9 @@ class Engine:
         with self._lock:
             self._num_waiting -= len(rows)
 
-    def _start(self, rows: list[Row], *, may_step: bool = False) -> bool:
+    def _start(self, rows: list[Row]) -> None:
         try:
-            return self.runner.start(rows, may_step=may_step)
+            self.runner.start(rows)
         except Exception as error:  # whichever row it was
             if len(rows) > 1:
                 for row in rows:
@@ -205,7 +204,6 @@ class Engine:
             else:
                 logger.exception("a prompt of %d tokens failed", len(rows[0].request.prompt))
                 self._end(rows[0], Update(error=f"{type(error).__name__}: {error}"))
-            return False
 
     def _step(self) -> None:
         try:

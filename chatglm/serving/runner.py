@@ -29,12 +29,9 @@ class Runner(Protocol):
     def warm_up(self) -> None:
         """Make whatever is made once, before the first row."""
 
-    def start(self, rows: Sequence[Row], *, may_step: bool = False) -> bool:
-        """Read the prompts, and the answers so far, of rows that join; gives a token of each.
-
-        may_step: those that run may take their next step in the same pass, for which they have
-        pages; returns whether they did.
-        """
+    def start(self, rows: Sequence[Row]) -> None:
+        """Read the prompts, and the answers so far, of rows that join; gives a token of each, or
+        leaves it to the next step, which they must take."""
 
     def step(self, rows: Sequence[Row]) -> None:
         """The next token of each row."""
@@ -63,7 +60,7 @@ class PlainRunner:
         """Nothing is made once."""
 
     @torch.inference_mode()
-    def start(self, rows: Sequence[Row], *, may_step: bool = False) -> bool:
+    def start(self, rows: Sequence[Row]) -> None:
         """Read the prompts, and the answers so far, of rows that join; gives a token of each."""
         texts = [row.text_ids for row in rows]
         lengths = [len(text) for text in texts]
@@ -79,7 +76,6 @@ class PlainRunner:
             attention_mask=torch.tensor(mask, device=device),
         )
         self._choose(rows, scores)
-        return False
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> None:
