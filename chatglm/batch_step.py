@@ -140,14 +140,18 @@ class BatchStep(CapturedStep):
                     and self._next is None
                     and self._prompts_and_step.fits(joining)
                 )
-                graph = self._prompts_and_step.of(joining) if beside else self._read(joining)
+                if beside:
+                    graph = self._prompts_and_step.of(joining)
+                else:
+                    self._read(joining)
                 for values, given in self._places(first, places.stop)._values_of(joining):
                     values.copy_(given)
             except Exception:  # others go on, and may not pass through half a row
                 for place in places:
                     self.clear(place)
                 raise
-            self._next = graph if beside else self._next
+            if beside:
+                self._next = graph
 
     def _read(self, joining: Sequence[Joining]) -> None:
         """The prompts in a pass of their own."""

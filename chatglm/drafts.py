@@ -128,8 +128,9 @@ class DraftedStep(CapturedStep):
         """Keep the first so many of the tokens checked last."""
         self._length += number
 
-    def attend(self, number: int, mixed: Tensor) -> Tensor:
+    def attend(self, number: int, mixed: Tensor, *, keys_are_new: bool = True) -> Tensor:
         """In a layer, (rows, H D) of the tokens' query, key and value (rows, 3 H D)."""
+        assert keys_are_new  # those of the tokens
         keys, values, scales = self.cache.layer(number)
         assert scales is None
         query = ops.rotate(mixed[None], self._place, keys, values, self.rotary, offset=None)

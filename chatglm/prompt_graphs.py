@@ -111,7 +111,7 @@ class PromptGraphs:
     def __init__(
         self,
         model: Any,
-        work: Callable[[Prompts], None],
+        work: Callable[[Prompts], object],
         *,
         most_prompts: int,
         num_beside: int,
