@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from .kernels import ops, passes
+from .kernels import ops, passes, products
 from .packed import Packed
 from .packed_attention import PackedAttention
 from .positions import ATTENTION_KERNELS, allowed_keys, position_rows, token_index
@@ -152,11 +152,16 @@ def _through(
         del mixed, context, hidden  # what follows takes the most memory
         normed = _next_norm(branch, normed, layer.alpha, layer.post_attention_layernorm)
         del branch
-        inner = F.gelu(layer.mlp.dense_h_to_4h(normed), approximate="tanh")
-        hidden = layer.mlp.dense_4h_to_h(inner)
+        hidden = layer.mlp.dense_4h_to_h(_inner(normed, layer.mlp.dense_h_to_4h))
         following = transformer.final_layernorm if is_last else layers[number + 1].input_layernorm
         normed = _next_norm(hidden, normed, layer.alpha, following)
     return normed
+
+
+def _inner(normed: Tensor, linear: nn.Module) -> Tensor:
+    if type(linear) is nn.Linear and linear.bias is not None:
+        return products.library_gelu(normed, linear)
+    return F.gelu(linear(normed), approximate="tanh")
 
 
 def _next_norm(branch: Tensor, normed: Tensor, alpha: float, norm: nn.LayerNorm) -> Tensor:

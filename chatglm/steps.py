@@ -314,9 +314,13 @@ class CapturedStep:
     def _library_product(self, x, linear, out, *, norm, gelu, alpha) -> None:
         if norm is not None:
             x = self._normalise(x, norm)
-        if type(linear) is nn.Linear and linear.bias is not None:
+        is_plain, has_bias = type(linear) is nn.Linear, linear.bias is not None
+        if is_plain and has_bias and gelu:
+            products.library_gelu(x, linear, out=out)
+            gelu = False
+        elif is_plain and has_bias:
             torch.addmm(linear.bias, x, linear.weight.T, out=out)
-        elif type(linear) is nn.Linear:
+        elif is_plain:
             torch.mm(x, linear.weight.T, out=out)
         else:
             out.copy_(linear(x))

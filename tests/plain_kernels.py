@@ -27,6 +27,11 @@ def linear(x, weight, *, scale=None, bias=None, norm=None, normed=None, gelu=Fal
     return out.copy_(product if residual is None else product + alpha * residual)
 
 
+def library_gelu(x, linear, *, out=None):
+    found = F.gelu(linear(x), approximate="tanh")
+    return found if out is None else out.copy_(found)
+
+
 def _angles(rotary, text, block):
     """Cosine and sine (.., 1, D) for positions of the two halves (..)."""
     return tuple(torch.cat((table[text], table[block]), dim=-1)[..., None, :] for table in rotary)
@@ -142,6 +147,7 @@ class Again:
 def use(monkeypatch):
     """Captured steps on a CPU until the test ends."""
     monkeypatch.setattr(products, "linear", linear)
+    monkeypatch.setattr(products, "library_gelu", library_gelu)
     for function in (attention, attention_of_drafts, rotate, sample):
         monkeypatch.setattr(ops, function.__name__, function)
     monkeypatch.setattr(products, "supports_norm", lambda *_: True)

@@ -118,6 +118,24 @@ def test_norm_gelu_and_residual_around_a_product(bits, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(9,), (32,), (3, 70), (576,)])
+def test_the_library_s_gelu_is_the_one_by_tanh(shape, dtype):
+    linear = torch.nn.Linear(4096, 16384, device="cuda", dtype=dtype)
+    x = random(*shape, 4096, dtype=dtype, scale=2.0)
+    sums = x.double() @ linear.weight.double().T + linear.bias.double()
+    out = poisoned(*shape, 16384, dtype=dtype)
+    assert products.library_gelu(x, linear, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, products.library_gelu(x, linear))
+    by_tanh, by_erf = (
+        torch.nn.functional.gelu(sums, approximate=kind) for kind in ("tanh", "none")
+    )
+    far = (sums > -4) & (sums < -2.5)  # there the two differ by more than rounding
+    off = [(out.double() - gelu)[far].abs().mean() for gelu in (by_tanh, by_erf)]
+    assert error(out, by_tanh) < (3e-3 if dtype == torch.bfloat16 else 4e-4)
+    assert off[0] < off[1] / (1.5 if dtype == torch.bfloat16 else 5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_dequantising_gives_the_very_values_of_plain_torch(bits, dtype):
     stored, scale, _ = packed(4096, 4096, bits, torch.float16)

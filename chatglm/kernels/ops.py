@@ -19,9 +19,9 @@ THREADS = 256
 MOST_TOP_K = 1024
 HEAD_WIDTH, _ATTENTION_THREADS = 128, 128
 FEW_ROWS = 8
-_GROUPS, _GROUPS_OF_MANY = 12, 4
-"""Blocks that share the keys of a head: with few rows as many as fill a card of 132 multiprocessors
-with one, and the same whatever their number, so that a row's sums are too."""
+_GROUPS, _GROUPS_OF_MANY = 8, 4
+"""Blocks that share the keys of a head, of up to FEW_ROWS rows and of more: the same whatever the
+number of rows, so that the sums of one are the same among few others, to the last bit."""
 
 
 @functools.cache
@@ -72,17 +72,13 @@ def attention(
              "PAGED": pages is not None, "WAITS": keys_are_new}  # fmt: skip
     columns = 0 if pages is None else pages.shape[1]
     _attention_kernel(mixed.device.index, flags).launch(
-        _attention_grid(heads, len(mixed)),
+        (_GROUPS if len(mixed) <= FEW_ROWS else _GROUPS_OF_MANY, heads, len(mixed)),
         _ATTENTION_THREADS,
         [mixed, keys, values, scales, *rotary, lengths, text_positions, first_blocks,
          workspace.parts, workspace.counters, out, sequences, heads, capacity, width**-0.5, pages,
          columns],
     )  # fmt: skip
     return out
-
-
-def _attention_grid(heads: int, rows: int) -> tuple[int, int, int]:
-    return (_GROUPS if rows <= FEW_ROWS else _GROUPS_OF_MANY, heads, rows)
 
 
 def _attention_kernel(device: int, flags: dict[str, bool]) -> Kernel:
@@ -107,7 +103,7 @@ def attention_of_drafts(
     _, heads, capacity, width = keys.shape
     flags = {"BF16": query.dtype == torch.bfloat16, "DRAFTS": True}
     _attention_kernel(query.device.index, flags).launch(
-        _attention_grid(heads, query.shape[2]),
+        (_GROUPS, heads, query.shape[2]),
         _ATTENTION_THREADS,
         [query, keys, values, None, None, None, lengths, None, None, workspace.parts,
          workspace.counters, out, 1, heads, capacity, width**-0.5, None, 0],

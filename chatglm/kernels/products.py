@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compiler import Kernel, get_kernel
 
@@ -90,6 +90,15 @@ def linear(
          epsilon, float(alpha)],
     )  # fmt: skip
     return out
+
+
+def library_gelu(x: Tensor, linear: nn.Linear, *, out: Tensor | None = None) -> Tensor:
+    """GELU (tanh) of the linear, with a bias, of x (.., K), in one kernel of the library on a GPU;
+    out must be of the right shape."""
+    rows = x.flatten(0, -2)
+    to = None if out is None else out.flatten(0, -2)
+    found = torch._addmm_activation(linear.bias, rows, linear.weight.T, use_gelu=True, out=to)
+    return found.unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True)
