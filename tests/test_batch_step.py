@@ -72,6 +72,7 @@ def test_prompts_are_read_beside_a_step_once_many_rows_run(model, alone_rows, mo
     with serving(model, runner=runner, prefill_tokens=40) as engine:
         assert [told.text() for told in answers(engine, requests)] == expected
     assert all(beside == (running > alone_rows) for running, _, beside in joins)
+    assert all(joining <= batch_step.MOST_PROMPTS_BESIDE for _, joining, beside in joins if beside)
     assert alone_rows == 32 or any(joining > 1 and beside for _, joining, beside in joins)
 
 

@@ -76,6 +76,18 @@ def test_prompts_are_read_together_within_the_budget_pads_included_and_a_longer_
     assert turns.admit() == rows[4:]
 
 
+def test_a_budget_bounds_the_rows_that_join_and_their_tokens_but_one_may_always():
+    turns = scheduler(num_pages=64, most_running=16, pads=False)
+    rows = [row(tokens, 2) for tokens in (9, 3, 4, 4, 1, 1, 1)]
+    for one in rows:
+        turns.add(one)
+    assert turns.admit((3, 8)) == rows[:1]
+    assert turns.admit((3, 8)) == rows[1:3]
+    assert turns.admit((3, 8)) == rows[3:6]
+    turns.prefill_tokens = 0
+    assert turns.admit((3, 8)) == rows[6:]
+
+
 def test_the_row_that_came_last_goes_back_and_comes_back_before_later_ones():
     turns = scheduler(num_pages=4, most_running=3)
     old, young, later = row(6, 9), row(2, 9), row(1, 9)

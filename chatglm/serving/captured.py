@@ -30,6 +30,10 @@ class CapturedRunner:
         """Capture all graphs, so that no request waits for one."""
         self.step_of_batch.warm_up()
 
+    def budget(self, num_running: int) -> tuple[int, int] | None:
+        """Rows that it is best to start together, and tokens of theirs; None: any."""
+        return self.step_of_batch.budget(num_running)
+
     def start(self, rows: Sequence[Row]) -> None:
         """Rows join: their prompts, and answers so far, are read up to the last token, now or with
         the next step, which begins with that token."""

@@ -162,7 +162,8 @@ class Engine:
         """The prompts of rows that join, and a step of all."""
         scheduler, runner = self.scheduler, self.runner
         self._leave_the_told()
-        joining = scheduler.admit()  # which leaves each row that runs a page for its next token
+        budget = runner.budget(len(scheduler.running))
+        joining = scheduler.admit(budget)  # each row that runs has a page left for its next token
         if joining:
             self._join(joining)
             self._leave_the_told()

@@ -29,6 +29,9 @@ class Runner(Protocol):
     def warm_up(self) -> None:
         """Make whatever is made once, before the first row."""
 
+    def budget(self, num_running: int) -> tuple[int, int] | None:
+        """Rows that it is best to start together, and tokens of theirs; None: any."""
+
     def start(self, rows: Sequence[Row]) -> None:
         """Read the prompts, and the answers so far, of rows that join; gives a token of each, or
         leaves it to the next step, which they must take."""
@@ -58,6 +61,10 @@ class PlainRunner:
 
     def warm_up(self) -> None:
         """Nothing is made once."""
+
+    def budget(self, num_running: int) -> tuple[int, int] | None:
+        """Rows and tokens in any number."""
+        return None
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Row]) -> None:

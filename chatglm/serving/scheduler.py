@@ -77,12 +77,15 @@ class Scheduler:
             self.waiting.remove(row)
         self.pool.give_back(row.pages)
 
-    def admit(self) -> list[Row]:
+    def admit(self, budget: tuple[int, int] | None = None) -> list[Row]:
         """The rows that join now, with pages for their prompts and a token.
 
-        A page for each row that runs is left, or those just admitted would go back at once.
+        A page for each row that runs is left, or those just admitted would go back at once. budget:
+        rows, and tokens of theirs, below prefill_tokens.
         """
         joining: list[Row] = []
+        most_rows, most_tokens = budget or (self.most_running, self.prefill_tokens)
+        most_tokens = min(most_tokens, self.prefill_tokens)
         longest = total = 0
         while self.waiting and len(self.running) < self.most_running:
             row = self.waiting[0]
@@ -92,7 +95,7 @@ class Scheduler:
             read = longest * (1 + len(joining)) if self.pads else total
             if needed + len(self.running) > self.pool.num_free:
                 break
-            if joining and read > self.prefill_tokens:
+            if joining and (read > most_tokens or len(joining) == most_rows):
                 break
             self.waiting.popleft()
             row.pages = self.pool.take(needed)
