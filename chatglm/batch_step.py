@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import new_pool
 from .kernels import ops
 from .packed import send
 from .paged_cache import PAGE_TOKENS
 from .prefill import read_packed
-from .prompt_graphs import SCRATCH_PAGE, Joining, PromptGraphs, Prompts, new_pool, pads_alone
+from .prompt_graphs import SCRATCH_PAGE, Joining, PromptGraphs, Prompts, pads_alone
 from .row_adapters import RowLinear
 from .steps import LIBRARY_ROWS, CapturedStep, Counts, seed_words, token_bits
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import capture
 from .packed import Packed, send
 from .paged_cache import PAGE_TOKENS, padded
 from .sampling import Sampling
@@ -168,22 +169,3 @@ class PromptGraphs:
         packed = replace(prompts.packed, longest_context=size, longest=size)  # as any may be
         own = replace(prompts, packed=packed).to(self.device)
         return own, capture(lambda: self._work(own), self._pool)
-
-
-def new_pool() -> Any:
-    """Memory that graphs share, of which one runs at a time."""
-    return torch.cuda.graph_pool_handle()
-
-
-def capture(work: Callable[[], Any], pool: Any) -> Any:
-    """A graph of the work; what it holds on to must be kept."""
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()  # compiles what is not compiled yet, and lets libraries set themselves up
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        work()
-    return graph

@@ -31,6 +31,8 @@ def tidied(text: str) -> str:
     """`clean_response` of a part; a mark is changed by its neighbours, and changes none."""
     cleaned = text.replace(_TRAINING_TIME, _TRAINING_YEAR)
     for ascii_mark, full_width in _FULL_WIDTH.items():
+        if ascii_mark not in cleaned:  # a token's worth of text seldom has one
+            continue
         mark = re.escape(ascii_mark)
         cleaned = re.sub(rf"([\u4e00-\u9fff]){mark}", rf"\1{full_width}", cleaned)
         cleaned = re.sub(rf"{mark}([\u4e00-\u9fff])", rf"{full_width}\1", cleaned)

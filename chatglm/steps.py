@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import capture
 from .errors import ToolkitError
 from .kernels import ops, passes, products
 from .positions import find_context
@@ -193,17 +194,9 @@ class CapturedStep:
             self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        torch.cuda.synchronize()  # the first tokens may still be on their way
+        torch.cuda.synchronize()  # history is the host's: the first tokens may be on their way
         kept = [tensor.clone() for tensor in self._changing()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step()  # compiles what is not compiled yet, and lets libraries set themselves up
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on
-            self._step()
-        torch.cuda.synchronize()
+        graph = capture(self._step)
         for tensor, before in zip(self._changing(), kept, strict=True):
             tensor.copy_(before)
         return graph

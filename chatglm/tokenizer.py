@@ -5,7 +5,9 @@ knows, so a user who types `<eop>` would end the model's reading; the released t
 as five characters, and so does this one. Control tokens enter only as ids.
 """
 
+import functools
 import io
+import itertools
 import os
 import shutil
 
@@ -119,10 +121,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Text of ids. Control tokens have no text, whether skipped or not, as in the released
         tokenizer; neither have the embedding rows past the last piece."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        limit, is_control = self.vocab_size, self.sp_model.is_control
+        limit, controls = self.vocab_size, self._control_ids
         return unmark_whitespace(
-            self.sp_model.decode([i for i in ids if i < limit and not is_control(i)])
+            self.sp_model.decode([i for i in ids if i < limit and i not in controls])
         )
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        ids = range(self.vocab_size)
+        return frozenset(itertools.compress(ids, self.sp_model.is_control(list(ids))))
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
