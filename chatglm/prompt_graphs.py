@@ -19,7 +19,7 @@ from .packed import Packed, send
 from .paged_cache import PAGE_TOKENS, padded
 from .sampling import Sampling
 
-SIZE_STEP = 64
+SIZE_STEP = 128
 LEAST_PADS = 1
 """Of a sequence that is not there."""
 SCRATCH_PAGE = 0

@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -13,7 +13,7 @@ from .engine import Engine
 from .request import Request, Update
 
 T = TypeVar("T")
-LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\u2028\u2029\u0085"}
+LINE_ENDS = {mark.encode(): f"\\u{ord(mark):04x}".encode() for mark in "\u2028\u2029\u0085"}
 """What some readers of events take for the end of a line."""
 KEEP_ALIVE_SECONDS = 15.0
 """After so long without a token a stream says that it is alive, for the proxies in between."""
@@ -160,7 +160,9 @@ class EventStream(Response):
 def _as_event(event: dict[str, Any] | str | None) -> bytes:
     if event is None:
         return b": still there\n\n"
-    if not isinstance(event, str):
-        event = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-        event = event.translate(LINE_ENDS)
-    return f"data: {event}\n\n".encode()
+    if isinstance(event, str):
+        return f"data: {event}\n\n".encode()
+    data = orjson.dumps(event)
+    for mark, escaped in LINE_ENDS.items():
+        data = data.replace(mark, escaped)
+    return b"data: %b\n\n" % data
