@@ -20,8 +20,8 @@ MOST_TOP_K = 1024
 HEAD_WIDTH, _ATTENTION_THREADS = 128, 128
 FEW_ROWS = 8
 _GROUPS, _GROUPS_OF_MANY = 12, 1
-"""Blocks that share the keys of a head, of up to FEW_ROWS rows and of more, whose heads alone keep a
-card busy. Among few rows the sums of one are the same whatever their number, to the last bit."""
+"""Blocks that share the keys of a head, of up to FEW_ROWS rows and of more, whose heads alone keep
+a card busy. Among few rows the sums of one are the same whatever their number, to the last bit."""
 
 
 @functools.cache

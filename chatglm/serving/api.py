@@ -41,7 +41,7 @@ logger = logging.getLogger("chatglm")
 
 WARM_UP_TOKENS = 4
 SWITCH_SECONDS = 1e-4
-"""For which Python lets a thread run on: the engine's would wait fifty times as long for its turn."""
+"""For which Python lets a thread run on, else fifty times as long: the engine's would wait so."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request can't be served; the field is named."},
     401: {"description": "An API key is needed."},
