@@ -177,10 +177,13 @@ def test_turning_a_prompt_is_what_the_model_does(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("room", [64, 512, 1984, 2048, 2176, 4096])
-def test_attention_over_the_filled_part_of_a_cache(room, dtype):
+def test_attention_over_the_filled_part_of_a_cache(room, few, dtype):
     heads, capacity = 32, room
-    lengths = torch.tensor([0, 1, 63, room // 2, room - 1], dtype=torch.int32, device="cuda")
+    lengths = [0, 1, 63, room // 2, room - 1] * (1 if few else 2)
+    assert (len(lengths) <= ops.FEW_ROWS) == few
+    lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     rows = len(lengths)
     keys, values = (poisoned(rows, heads, capacity, WIDTH, dtype=dtype) for _ in range(2))
     for row, length in enumerate(lengths.tolist()):
@@ -253,9 +256,10 @@ def test_attention_over_a_cache_of_int8():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_attention_over_pages_is_that_over_whole_rows(dtype):
+@pytest.mark.parametrize("times", [1, 2])
+def test_attention_over_pages_is_that_over_whole_rows(times, dtype):
     heads, room = 32, 512
-    lengths = torch.tensor([0, 63, 64, 300, 511], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([0, 63, 64, 300, 511] * times, dtype=torch.int32, device="cuda")
     rows, splits = len(lengths), room // 64
     whole = [random(rows, heads, room, WIDTH, dtype=dtype) for _ in range(2)]
     pages = 1 + torch.randperm(rows * splits, device="cuda").view(rows, splits)
