@@ -10,9 +10,9 @@ Modules stand on floors, and imports go down only (tests/test_floors.py holds it
                                      packed  packed_attention  strict_files
     2   data, never a model          formats  sources  parts  corpus  records  shards
                                      workers  ray_workers  builder  showing  batches
-    2'  text out of any model        sampling  plain_steps  row_adapters  supported  step_cache
-                                     paged_cache  prefill  prompt_graphs  steps  batch_step
-                                     drafts  decoding  chat  terminal
+    2'  text out of any model        sampling  plain_steps  row_adapters  supported  capture
+                                     step_cache  paged_cache  prefill  prompt_graphs  steps
+                                     batch_step  drafts  decoding  chat  terminal
     3   the model and its weights    model  weights
     4   changes to a model           tuning
     5   from and to a run's folders  sharding  saved  checkpoints  building

@@ -31,7 +31,7 @@ DOORS = {
     "matplotlib": "callbacks pictures",
     "modelscope": "weights",
     "nltk": "scores",
-    "orjson": "sources",
+    "orjson": "sources serving",
     "peft": "tuning",
     "prometheus_client": "serving",
     "psutil": "serving",
