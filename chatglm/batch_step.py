@@ -33,7 +33,7 @@ HISTORY_LINES = 8
 """Passes that may be told before the tokens of the first are looked at, and some."""
 WARM_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048)
 """Of prompts of which two are read together before there are any."""
-ALONE_ROWS = LIBRARY_ROWS
+ALONE_ROWS = min(LIBRARY_ROWS, ops.FEW_ROWS)
 """Rows that take no step beside a prompt: their products are those of one row, to the last bit."""
 MOST_PROMPTS_BESIDE, MOST_TOKENS_BESIDE = 7, 600
 """Of prompts in one pass with a step, though one alone may be longer. More tokens cost what they

@@ -142,6 +142,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mixed, virtual_keys, virtual_values, attention: PackedAttention) -> Tensor:
+        assert attention.packed.longest_answer > 0  # the backward pass is of both calls
         places = attention.places
         query, keys, values = passes.split_heads(mixed, attention.turning, num_keys=places.num_keys)
         if virtual_keys is not None:

@@ -1,7 +1,7 @@
 """The prompts' pass through the model, for kernels: what forward() computes, in fewer passes.
 
 Beside the products, reading a prompt is memory traffic: turning query and key alone is a dozen
-passes over them in plain tensors. Here each layer has six. Rows of one length go without a mask,
+passes over them in plain tensors. Here each layer has a few. Rows of one length go without a mask,
 which lets the fast kernels take their attention: the context sees all of itself, and what comes
 after it, usually <sop> alone, sees everything. The last layer is computed for the last tokens only.
 
